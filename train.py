@@ -2,9 +2,12 @@
 
     python train.py         # train it once and print the score
 
-The contract: train() returns a model with model(tokens) -> logits, (B, T) int64 -> (B, T, VOCAB_SIZE). Batches come from
-prepare.batches(), which also keeps the clock: compile and warm up before the first one, return right after the last.
+The contract: train() returns a model with model(tokens) -> logits, (B, T) int64 -> (B, T, VOCAB).
+Batches come from prepare.batches(), which also keeps the clock: compile and warm up before the
+first one, return right after the last. A row's logits at t may depend on its tokens[:t + 1] alone.
 """
+
+import time
 
 import torch
 import torch.nn as nn
@@ -15,98 +18,164 @@ import prepare
 CUDA = prepare.DEVICE == "cuda"
 
 # Model
-DEPTH = 8 if CUDA else 2            # layers
-WIDTH = 512 if CUDA else 256        # channels of the residual stream
-HEAD_DIM = 128 if CUDA else 64      # channels of an attention head
-MLP_RATIO = 4                       # channels of the MLP, in widths
-ROPE_BASE = 200000 if CUDA else 10000           # longest wavelength of the position encoding, in tokens / 2 pi
-SOFTCAP = 15                        # logits stay between -SOFTCAP and SOFTCAP
-BIGRAMS = 2 ** 18 if CUDA else 2 ** 15  # rows of the hashed table of token pairs
+DEPTH = 9 if CUDA else 1                # layers
+WIDTH = 512 if CUDA else 64             # channels of the residual stream, rounded to whole heads
+HEAD_DIM = 128 if CUDA else 64          # channels of an attention head
+MLP_RATIO = 4                           # channels of the MLP, in widths
+ROPE_BASE = 200000 if CUDA else 10000   # longest wavelength of the positions, in tokens / (2 pi)
+SOFTCAP = 15                            # CUDA only: logits stay between -SOFTCAP and SOFTCAP
+NGRAMS = 2                              # hashed tables of the last 2, 3, ... tokens
+TABLE_ROWS = 2 ** 17                    # rows of each
 # Optimizer
-BATCH_TOKENS = 2 ** 18 if CUDA else 2 ** 12     # tokens in a step
-MATRIX_LR = 0.02                    # Muon
-EMBED_LR = 0.3                      # Adam, input look-ups
-HEAD_LR = 0.008                     # Adam, output matrix
-WEIGHT_DECAY = 0.1                  # of matrices
-WARMDOWN = 0.6                      # share of the budget in which the learning rate falls to zero
+BATCH_TOKENS = 2 ** 18 if CUDA else 2 ** 11     # tokens in a step
+TRAIN_LEN = 2048 if CUDA else 128       # tokens in a window of training, at most SEQ_LEN
+PART_TOKENS = 2 ** 17                   # tokens in memory at once; a larger step takes parts
+MATRIX_LR = 0.04 if CUDA else 0.02      # Muon: matrices of the layers
+HEAD_LR = 0.008 if CUDA else 0.02       # Adam: output matrix
+EMBED_LR = 0.6 if CUDA else 0.2         # Adam: token embeddings, of the input and of the values
+TABLE_LR = 0.1                          # Adam: n-gram tables
+SCALAR_LR = 0.01                        # Adam: one number a layer
+BETA1 = 0.8                             # Adam: memory of the mean gradient
+BETA2 = 0.95                            # Adam: memory of its square
+WEIGHT_DECAY = 0.1                      # of the layers' matrices
+WARMDOWN = 0.7                          # share of the budget in which the learning rates fall
+FINAL_LR = 0.05                         # where they end, as a share of their peak
+
+HEADS = max(1, round(WIDTH / HEAD_DIM))
+CHANNELS = HEADS * 2 * max(1, round(HEAD_DIM / 2))
+LENGTH = min(TRAIN_LEN, prepare.SEQ_LEN)
+SPARSE = prepare.DEVICE == "cpu"        # update only the table rows in use; a GPU updates all
+# bfloat16 is 2.5 times as fast where a CPU has it in hardware, and slower where it does not
+BF16 = CUDA or prepare.DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def norm(x):
+def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of channels by an angle that grows with the position: arxiv.org/abs/2104.09864."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+
+
 class Block(nn.Module):
+    """Attention, then an MLP, each added to the stream."""
+
     def __init__(self):
         super().__init__()
-        self.heads = WIDTH // HEAD_DIM
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up = nn.Linear(WIDTH, MLP_RATIO * WIDTH, bias=False)
-        self.down = nn.Linear(MLP_RATIO * WIDTH, WIDTH, bias=False)
-        nn.init.zeros_(self.out.weight)
+        hidden = max(1, round(MLP_RATIO * CHANNELS))
+        self.qkv = nn.Linear(CHANNELS, 3 * CHANNELS, bias=False)
+        self.out = nn.Linear(CHANNELS, CHANNELS, bias=False)
+        self.up = nn.Linear(CHANNELS, hidden, bias=False)
+        self.down = nn.Linear(hidden, CHANNELS, bias=False)
+        nn.init.zeros_(self.out.weight)     # every layer begins as the identity
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x, cos, sin):
-        B, T, _ = x.shape
-        q, k, v = self.qkv(norm(x)).view(B, T, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+    def forward(self, x, value, cos, sin):
+        B, T, C = x.shape
+        q, k, v = self.qkv(norm(x)).view(B, T, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        v = v + value.view(B, T, HEADS, -1).transpose(1, 2).to(v.dtype)
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)     # QK norm: 2302.05442
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, WIDTH))
-        return x + self.down(F.relu(self.up(norm(x))).square())
-
-
-def rotate(x, cos, sin):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.relu(self.up(norm(x))).square())         # arxiv.org/abs/2109.08668
 
 
 class GPT(nn.Module):
+    """Token and hashed n-gram embeddings, then blocks with value embeddings (modded-nanogpt)."""
+
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(prepare.VOCAB_SIZE, WIDTH)
-        self.bigram = nn.Embedding(BIGRAMS, WIDTH)
+        vocab = prepare.VOCAB_SIZE
+        self.embed = nn.Embedding(vocab, CHANNELS)
+        self.tables = nn.ModuleList(
+            nn.Embedding(TABLE_ROWS, CHANNELS, sparse=SPARSE) for _ in range(NGRAMS))
+        self.values = nn.ModuleList(nn.Embedding(vocab, CHANNELS) for _ in range(DEPTH))
         self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
-        self.head = nn.Linear(WIDTH, prepare.VOCAB_SIZE, bias=False)
-        nn.init.zeros_(self.bigram.weight)
+        self.mix = nn.Parameter(torch.tensor([[1.0, 0.1]] * DEPTH))     # of the stream and of x0
+        self.head = nn.Linear(CHANNELS, vocab, bias=False)
+        for module in (*self.tables, *self.values):
+            nn.init.zeros_(module.weight)
         nn.init.normal_(self.head.weight, std=0.001)
-        freq = ROPE_BASE ** -torch.linspace(0, 1, HEAD_DIM // 2)
-        angle = torch.arange(prepare.SEQ_LEN)[:, None] * freq
+        half = CHANNELS // HEADS // 2
+        angle = torch.arange(prepare.SEQ_LEN)[:, None] * ROPE_BASE ** -(torch.arange(half) / half)
         self.register_buffer("cos", angle.cos())
         self.register_buffer("sin", angle.sin())
 
-    def forward(self, tokens):
-        T = tokens.size(1)
-        before = F.pad(tokens, (1, 0))[:, :-1]
-        pair = (tokens * 1000003 + before * 7919) % BIGRAMS
-        x = norm(self.embed(tokens) + self.bigram(pair))
-        for block in self.blocks:
-            x = block(x, self.cos[:T], self.sin[:T])
-        logits = self.head(norm(x)).float()
-        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the sum of what the last token and the last 2, 3, ... tokens look up."""
+        x, key = self.embed(tokens), tokens
+        for n, table in enumerate(self.tables, 1):
+            key = key * 1000003 + F.pad(tokens, (n, 0))[:, :tokens.size(1)] + 12345
+            x = x + table((key ^ key >> 15) % TABLE_ROWS)
+        return norm(x).to(torch.bfloat16 if BF16 else x.dtype)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(prepare.DEVICE, torch.bfloat16, enabled=BF16):
+            T = tokens.size(1)
+            x = x0 = self.embedded(tokens)
+            for block, value, mix in zip(self.blocks, self.values, self.mix):
+                x = mix[0] * x + mix[1] * x0
+                x = block(x, value(tokens), self.cos[:T], self.sin[:T])
+            logits = self.head(norm(x))
+            # the cap would take a tenth of a CPU's time
+            return SOFTCAP * torch.tanh(logits.float() / SOFTCAP) if CUDA else logits
 
 
-def train():
-    model = GPT().to(prepare.DEVICE)
-    matrices = list(model.blocks.parameters())
+def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
+    """Muon (kellerjordan.github.io/posts/muon) for the layers' matrices, Adam for the rest."""
+    embeddings = [model.embed.weight, *model.values.parameters()]
+    tables, betas = list(model.tables.parameters()), (BETA1, BETA2)
+    adam = [{"params": embeddings, "lr": EMBED_LR}, {"params": [model.head.weight], "lr": HEAD_LR},
+            {"params": [model.mix], "lr": SCALAR_LR}]
+    if tables and not SPARSE:
+        adam.append({"params": tables, "lr": TABLE_LR})
     optimizers = [
-        torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=WEIGHT_DECAY),
-        torch.optim.AdamW([{"params": [model.embed.weight, model.bigram.weight], "lr": EMBED_LR},
-                           {"params": [model.head.weight], "lr": HEAD_LR}],
-                          betas=(0.8, 0.95), weight_decay=0, fused=True)]
+        torch.optim.Muon(model.blocks.parameters(), lr=MATRIX_LR, weight_decay=WEIGHT_DECAY),
+        torch.optim.AdamW(adam, betas=betas, weight_decay=0, fused=True)]
+    if tables and SPARSE:
+        optimizers.append(torch.optim.SparseAdam(tables, lr=TABLE_LR, betas=betas))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    for step, (x, y, progress) in enumerate(prepare.batches(BATCH_TOKENS // prepare.SEQ_LEN)):
-        with torch.autocast(prepare.DEVICE, torch.bfloat16, enabled=CUDA):
-            logits = model(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        loss.backward()
+    return optimizers
+
+
+def take_step(loss_of, optimizers, x: torch.Tensor, y: torch.Tensor, rate: float) -> torch.Tensor:
+    """Take one step at `rate` times the peak learning rates; return the loss of its last part."""
+    rows = max(1, PART_TOKENS // x.size(1))
+    for part, targets in zip(x.split(rows), y.split(rows)):
+        loss = loss_of(part, targets)
+        (loss * len(part) / len(x)).backward()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def train() -> nn.Module:
+    model = GPT().to(prepare.DEVICE)
+    optimizers = make_optimizers(model)
+    rows = max(1, BATCH_TOKENS // LENGTH)
+
+    def loss_of(x, y):
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    if CUDA:    # compile and warm up on random tokens; at rate 0 no weight changes
+        loss_of = torch.compile(loss_of, dynamic=False)
+        x = torch.randint(prepare.VOCAB_SIZE, (rows, LENGTH + 1), device=prepare.DEVICE)
+        take_step(loss_of, optimizers, x[:, :-1], x[:, 1:], 0.0)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * min(1, (1 - progress) / WARMDOWN)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0:
+            optimizer.state.clear()
+    said = time.monotonic()
+    for step, (x, y, progress) in enumerate(prepare.batches(rows, LENGTH)):
+        rate = max(FINAL_LR, min(1, (1 - progress) / WARMDOWN))
+        loss = take_step(loss_of, optimizers, x, y, rate)
+        if time.monotonic() - said > 2:     # seldom: reading the loss waits for the GPU
+            said = time.monotonic()
             print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
     return model
 
