@@ -1398,7 +1398,7 @@ class Lab:
             self.incumbent = exp
         runs = [run for run in exp.runs if not run.reason and status != "crash"] or [Run()]
         row = {
-            "commit": commit,
+            "commit": commit if exp.source else "0000000",
             "val_bpb": f"{statistics.fmean(run.val_bpb for run in runs):.6f}",
             "memory_gb": f"{max(run.peak_memory_mb for run in runs) / 1024:.1f}",
             "status": status,
@@ -1441,10 +1441,18 @@ class Lab:
 
     # The loop
 
+    def drop_hopeless(self):
+        """Record the proposals that never became candidates."""
+        for exp in [exp for exp in self.todo if exp.problem]:
+            self.todo.remove(exp)
+            self.begun.add(exp.number)
+            self.record(exp, "crash", exp.problem)
+
     def next_candidate(self) -> Experiment | None:
         """Return what to run next, if there is anything; search fills in where no LLM answers."""
         if self.rows:
             self.notice_edit()
+            self.drop_hopeless()
         while self.todo:
             exp = self.todo[0]
             if exp.number and not self.rows or exp.number not in self.begun and self.left <= 0:
@@ -1513,11 +1521,9 @@ class Lab:
                 self.judge_run(*news)
             else:
                 self.drafting.remove(news)
-                if news.problem:
-                    self.begun.add(news.number)
-                    self.record(news, "crash", news.problem)
-                else:
-                    self.todo.append(news)
+                self.todo.append(news)
+                if self.rows:
+                    self.drop_hopeless()
 
     def end(self):
         """Stop the runs, with all that they started."""

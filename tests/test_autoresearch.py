@@ -91,6 +91,18 @@ REFUSED = {
     "prepare.batches = None": "assignment to prepare.batches",
     "F.cross_entropy = None": "assignment to F.cross_entropy",
     "torch.Tensor.float = None": "assignment to torch.Tensor.float",
+    "import time; time.monotonic = None": "assignment to time.monotonic",
+    "torch._C._nn.cross_entropy_loss = None": "assignment to torch._C",
+    "del prepare.batches": "assignment to prepare.batches",
+    "for prepare.batches in []: pass": "assignment to prepare.batches",
+    "import __main__": "import of __main__",
+    "import sys": "import of sys",
+    "import gc": "import of gc",
+    "import threading": "import of threading",
+    "from prepare import evaluate": "prepare.evaluate",
+    "import prepare as p; p.EVAL_ROWS = 1": "assignment to p.EVAL_ROWS",
+    "torch.set_rng_state(0)": "seed",
+    "from random import Random": "import of random.Random",
     "from math import *": "import *",
     "def f(:": "syntax error in line",
 }
@@ -288,6 +300,14 @@ def test_what_is_wrong_goes_back_twice_at_most_and_a_crash_with_its_log(measured
     assert {p.name for p in folder.glob("*.md")} == {
         "prompt.md", "prompt-1.md", "prompt-2.md", "reply.md", "reply-1.md", "reply-2.md"}
     assert "import of os" in rows[2]["reason"] or "SEARCH matches" in rows[2]["reason"]
+
+
+def test_a_proposal_that_fails_before_the_baseline_is_measured_is_logged_after_it(measured, llm):
+    (measured.folder / "results.tsv").unlink()
+    shutil.rmtree(measured.folder / "runs")
+    measured.train.write_text(TINY + "# sleep 0.3\n")
+    measured.drive("--experiments", 1, "--base-url", llm(["nonsense"]).url, "--data", measured.text)
+    assert [row["status"] for row in consistent(measured)] == ["keep", "crash"]
 
 
 def test_a_crash_goes_back_with_the_end_of_its_log_as_data(measured, llm):

@@ -470,10 +470,10 @@ def test_the_examples_in_the_docstrings_hold():
 
 @pytest.fixture(scope="session")
 def texts(stories, tmp_path_factory) -> Path:
-    """A folder of text of one's own, with the line ends of Windows."""
+    """A folder of text of one's own, with the line ends of Windows and characters of two bytes."""
     folder = tmp_path_factory.mktemp("texts")
     write(folder / "one", "\r\n".join(stories[::2]))
-    write(folder / "two", "".join(stories[1::2]))
+    write(folder / "two", "".join(stories[1::2]).replace("e", "é"))
     return folder
 
 
