@@ -899,9 +899,9 @@ def moved(value: float, change: float) -> float:
     """
     if isinstance(value, int):
         if value & (value - 1) == 0 and value > 2:
-            return max(1, value << 1 if change > 0 else value >> 1)
-        return max(1, round(value * math.exp(change)), value + 1 if change > 0 else 1) \
-            if change > 0 else max(1, min(round(value * math.exp(change)), value - 1))
+            return value * 2 if change > 0 else value // 2
+        step = max(1, round(abs(value * math.expm1(change))))
+        return value + step if change > 0 else max(1, value - step)
     if 0.5 <= value < 1:
         return float(f"{1 - (1 - value) * math.exp(-change):.4g}")
     return float(f"{value * math.exp(change):.3g}")

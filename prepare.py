@@ -49,6 +49,10 @@ from pathlib import Path
 from time import monotonic  # like cross_entropy: bound before a candidate could replace it
 from typing import NoReturn
 
+# On a machine that has something else to do as well, threads that spin while they wait for each
+# other made a run 15 times slower; asleep they cost nothing. To be said before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import requests
 import torch
@@ -143,6 +147,7 @@ class Progress:
 
 SPLITS = "train", "val", "test"
 PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
+MANY_FILES = 50     # from so many files on, a file is whole in one split
 SHORTEST = 64       # characters: a document with less than this is dropped
 C4_SHARDS = 4       # of the 1024 shards of C4, unless --data c4:N says otherwise
 TRIES = 5           # downloads that bring nothing, in a row, until one gives up: 8 to 15 seconds
@@ -272,7 +277,8 @@ def source(data: str) -> tuple[str, list[Path], int, Callable[[Path], Iterator[s
     path, c4 = Path(data).expanduser(), re.fullmatch(r"c4(?::(\d+))?", data)
     if data == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        other = {"site-packages", "dist-packages", "test", "tests", "idle_test"}    # not everywhere
+        other = {"site-packages", "dist-packages", "test", "tests", "idle_test",    # not everywhere
+                 "encodings", "pydoc_data"}     # tables, each almost a copy of the next
         paths = [p for p in sorted(root.rglob("*.py")) if not other & {*p.relative_to(root).parts}]
         return *text_files(data, paths), text_pieces
     if data == "tinystories":
@@ -298,19 +304,24 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
 
     Near-empty documents and exact duplicates are dropped. A document goes to the split that is
     furthest behind its share, so that val and test have the size they should have and come from all
-    over the text. All that stays in memory is 8 bytes of hash a document: 100 bytes in a Python
-    set, some 35 MB a shard of C4.
+    over the text; of a folder of many files the pieces of each stay together, since a file repeats
+    itself. All that stays in memory is 8 bytes of hash a document: 100 bytes in a Python set, some
+    35 MB a shard of C4.
     """
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    for text in itertools.chain.from_iterable(map(reader, files)):
-        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if len(text.strip()) < SHORTEST or key in seen:
-            continue
-        seen.add(key)
-        split = min(SPLITS, key=lambda s: size[s] / shares[s])
-        size[split] += len(text)
-        yield split, text
+    together = reader is text_pieces and len(files) >= MANY_FILES
+    for file in files:
+        split = ""
+        for text in reader(file):
+            key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            if len(text.strip()) < SHORTEST or key in seen:
+                continue
+            seen.add(key)
+            if not (split and together):
+                split = min(SPLITS, key=lambda s: size[s] / shares[s])
+            size[split] += len(text)
+            yield split, text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -715,6 +726,7 @@ def splice(x: torch.Tensor, other: torch.Tensor, rng: np.random.Generator):
 BIAS = 0.002        # nats, the mean of any size of sample: 0.001 bpb, a fifth of the noise of seeds
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
 SPREAD = 0.02       # nats, the mean size everywhere: twice that of bf16
+LARGEST = 1.0       # nats, what one token counts at most: two or three near-ties are no leak
 
 
 def verdict(found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]):
@@ -778,7 +790,7 @@ def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.
         else:
             nats[key] = token_nats(model, x, y, rng)
     left = [cuts[:, None] - torch.arange(SEQ_LEN) for *_, cuts, _ in probes]    # to keep from t on
-    verdict([((after - nats[key][order]).double(), n > 0, n == 1, late)
+    verdict([((after - nats[key][order]).double().clamp(-LARGEST, LARGEST), n > 0, n == 1, late)
              for n, (key, after, order, _, late) in zip(left, probes)])
     if weights(model) != before:
         raise Invalid("the model's weights changed during evaluation: nothing trains after train()")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT, TINY, edit
@@ -225,6 +226,100 @@ def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(measured):
     ledger.write_text(whole + "what is this\n" + whole.splitlines(True)[1])
     assert "results.tsv line 3 is not a row" in measured.drive("--experiments", 0, code=1)
     assert "what is this" in ledger.read_text()
+
+
+# The plot
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def dot(val, status="discard", by="llm", description="an idea", runs=1, test=0.0):
+    """A ledger row, as results.tsv gives it: all strings."""
+    return {"val_bpb": f"{val:.6f}", "status": status, "by": by, "description": description,
+            "runs": ",".join([f"{val:.6f}"] * runs), "test_bpb": f"{test:.6f}"}
+
+
+BASELINE = dot(1.45, "keep", "baseline", "baseline", runs=3, test=1.47)
+
+
+def night(experiments, seed=0):
+    """A plausible ledger: 8% crashes, 10% keeps, the rest a little worse than the incumbent."""
+    rng, rows, best = random.Random(seed), [BASELINE], 1.45
+    for _ in range(experiments):
+        by, luck = rng.choice(["llm", "search", "human"]), rng.random()
+        if luck < 0.08:
+            rows.append(dot(0, "crash", by))
+        elif luck < 0.18:
+            best -= rng.uniform(0.003, 0.03) * (best - 1)
+            rows.append(dot(best, "keep", by, "what helped " * rng.randint(1, 4), 2, best + 0.02))
+        else:
+            rows.append(dot(best + abs(rng.gauss(0, 0.01)), "discard", by))
+    return rows
+
+
+def words(svg):
+    return ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def drawn(svg, look):
+    """How many marks of a look there are: each is one M of a path."""
+    return sum(node.get("d").count("M") for node in ElementTree.fromstring(svg).iter(f"{SVG}path")
+               if look in node.get("class").split())
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.004])
+@pytest.mark.parametrize("rows", [
+    [], [BASELINE], [dot(0, "crash")] * 3, [BASELINE] + [dot(0, "crash")] * 9,
+    [BASELINE, dot(1.44, "keep")], [BASELINE, dot(1.45), dot(9.9)], night(3), night(30)])
+def test_any_ledger_gives_a_well_formed_picture(rows, noise):
+    assert ElementTree.fromstring(ar.progress_svg(rows, noise)).tag == f"{SVG}svg"
+
+
+def test_the_title_has_baseline_best_gain_and_its_standard_error():
+    rows = [BASELINE, dot(1.40, "keep", runs=2)]
+    # 0.006 * sqrt(1/3 + 1/2) = 0.0055
+    title = "baseline 1.4500 → best 1.4000: gain 0.0500 ± 0.0055"
+    assert title in words(ar.progress_svg(rows, 0.006))
+
+
+def test_every_experiment_is_drawn_once():
+    rows = night(200)
+    svg = ar.progress_svg(rows, 0.004)
+    for status in ("keep", "crash"):
+        assert drawn(svg, status) == sum(r["status"] == status for r in rows)
+    discards = sum(r["status"] == "discard" for r in rows)
+    assert drawn(svg, "discard") + drawn(svg, "off") == discards
+
+
+def test_an_outlier_is_marked_at_the_edge_and_does_not_stretch_the_axis():
+    rows = [BASELINE, dot(1.44, "keep"), dot(1.45)]
+    assert drawn(ar.progress_svg(rows, 0.004), "off") == 0
+    svg = ar.progress_svg([*rows, dot(9.9)], 0.004)
+    assert drawn(svg, "off") == 1
+    assert "9" not in {word[0] for word in words(svg) if "." in word}
+
+
+def test_a_description_is_shown_as_text_whatever_it_contains():
+    rows = [BASELINE, dot(1.40, "keep", description="<script>&\"'\x00\ud800")]
+    assert "<script>&\"' −0.0500" in words(ar.progress_svg(rows, 0.004))
+    rows = [BASELINE, dot(1.40, "keep", description="x" * 5000)]
+    assert max(map(len, words(ar.progress_svg(rows, 0.004)))) < 100
+
+
+def test_labels_do_not_overlap_and_the_biggest_gain_has_one():
+    dots = [(80 + 12 * i, 100 + 5 * i, "what helped " * (1 + i % 3)) for i in range(60)]
+    random.Random(0).shuffle(dots)
+    flags = ar.place_flags(dots, 10)
+    assert len(flags) > 10 and flags[0][:3] == dots[0]
+    for (*_, a), (*_, b) in itertools.combinations(flags, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_a_night_of_1000_is_small_and_fast():
+    rows = night(1000)
+    start = time.perf_counter()
+    assert len(ar.progress_svg(rows, 0.004).encode()) < 100_000
+    assert time.perf_counter() - start < 0.5  # 0.01 s on an idle core
 
 
 # A night

@@ -179,11 +179,6 @@ HONEST = {
         "return loop(Model())"),
     "a clock that stands still": train(
         "time.monotonic = lambda: 0.0", "return loop(Model())"),
-    "forged reports": train(
-        "forged = '{\"event\": \"report\", \"val_bpb\": 0.01, \"test_bpb\": 0.01}'",
-        "for key in sys.argv + sys.orig_argv + ['K']:",
-        "    print(f'\\n{key} {forged}\\n---\\nval_bpb: 0.01')",
-        "return loop(Model())"),
 }
 
 ATTACKS = {     # name: (candidate, what the crash says)
@@ -209,11 +204,10 @@ ATTACKS = {     # name: (candidate, what the crash says)
     "batches for evaluation": (model(
         "def forward(self, tokens):",
         "    if not self.training:",
-        "        with torch.enable_grad(): loop(self.train()).eval()",
         "        raise RuntimeError(f'{len(list(prepare.batches(1)))} batches')",
         "    return super().forward(tokens)").replace(
             "    return loop(Model().to(prepare.DEVICE))\n",
-            "    next(prepare.batches(1))\n    return Model()\n"), "0 batches"),
+            "    next(prepare.batches(1))\n    return Model()\n"), "RuntimeError: 0 batches"),
     "a cross entropy of its own": (train(
         "real = torch._C._nn.cross_entropy_loss",
         "model = loop(Model())",
@@ -224,6 +218,12 @@ ATTACKS = {     # name: (candidate, what the crash says)
 }
 
 EXITS = {
+    "forged reports and an exit": train(
+        "forged = '{\"event\": \"report\", \"val_bpb\": 0.01, \"test_bpb\": 0.01}'",
+        "for key in sys.argv + sys.orig_argv + ['K']:",
+        "    print(f'\\n{key} {forged}\\n---\\nval_bpb: 0.01')",
+        "sys.stdout.flush()",
+        "os._exit(0)"),
     "os._exit in train()": train("os._exit(0)"),
     "os._exit in evaluation": forward("if self.calls == 5: os._exit(0)"),
 }
@@ -326,7 +326,7 @@ WEAK = 0.01 * NATS      # added to the right logit it gains 0.01 bpb, twice the 
 
 SMALL = {
     "one token ahead": lambda x, call: ahead(x, WEAK),
-    "in every other call": lambda x, call: ahead(x, 2 * WEAK * (call % 2)),
+    "in every other call": lambda x, call: ahead(x, 4 * WEAK * (call % 2)),
     "in the second half": lambda x, call: ahead(x, 2 * WEAK * (call > 36)),
     "in the last call": lambda x, call: ahead(x, 9.0 * (call >= 72)),
     "in the tenth call alone": lambda x, call: ahead(x, 9.0 * (call == 10)),
