@@ -468,61 +468,50 @@ class Output:
 
 
 def run(command: list[str], log: Path, key: str, environment: dict[str, str], queued: bool,
-        stop: threading.Event, on_event: Callable[[dict, Output], None]) -> Run:
+        stop: threading.Event, on_event: Callable[[str, dict, str], None]) -> Run:
     """Run a command to its end and return what it reported, or why it did not.
 
     Each event may name the seconds until the next phase has to begin: that is the cap. Before the
     first event there is none if the run is `queued`: time in a queue does not count.
     """
-    result, begin = Run(reason="ended without a report"), time.monotonic()
+    result, begin, phase = Run(reason="ended without a report"), time.monotonic(), "start"
     deadline = begin + (math.inf if queued else START_LIMIT)
-    phase, output = "start", Output(log, key)
+    output, pid_file = Output(log, key), log.with_suffix(".pid")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True, env=environment)
-    pid_file = log.with_suffix(".pid")
     try:
         write_whole(pid_file, f"{process.pid} {key}\n")
-        pipe, over = process.stdout.fileno(), False
+        pipe = process.stdout.fileno()
         while True:
-            if select.select([pipe], [], [], 0.05)[0]:
-                chunk = os.read(pipe, 1 << 16)
-                over = not chunk
-                for event in output.feed(chunk):
-                    kind = event.pop("event")
-                    if kind in ("setup", "training", "evaluation"):
-                        phase, deadline = kind, time.monotonic() + event["limit"]
-                    if kind == "setup":
-                        result.started = True
-                    if kind == "report":
-                        result = Run(started=True, **event)
-                    if kind == "crash":
-                        result.reason = plain(event["reason"])
-                    on_event(event | {"kind": kind}, output)
-            elif exited(process):
-                over = True
-            if over and (exited(process) or time.monotonic() > deadline):
+            chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], 0.05)[0] else b""
+            for event in output.feed(chunk):
+                kind = event.pop("event")
+                if "limit" in event:
+                    phase, deadline, result.started = kind, time.monotonic() + event["limit"], True
+                if kind == "report":
+                    result = Run(started=True, **event)
+                if kind == "crash":
+                    result.reason = plain(event["reason"])
+                on_event(kind, event, output.last)
+            if not chunk and exited(process):       # grandchildren may still hold the pipe
                 break
+            over = ("stopped" if stop.is_set() else
+                    f"flooded its log: {LOG_LIMIT // 1_000_000} MB" if output.size > LOG_LIMIT else
+                    f"timeout: in {phase} for too long" if time.monotonic() > deadline else "")
             if over:
-                time.sleep(0.05)
-            if stop.is_set():
-                result.reason = "stopped"
+                result.reason = result.reason and over      # a score that is there stays valid
                 break
-            if output.size > LOG_LIMIT:
-                result = Run(f"flooded its log: more than {LOG_LIMIT // 1_000_000} MB", True)
-                break
-            if time.monotonic() > deadline:
-                result = Run(f"timeout: still in {phase} when its time was up", result.started)
-                break
+            if not chunk:
+                time.sleep(0.02)
     finally:
         end_group(process)
         process.stdout.close()
         pid_file.unlink(missing_ok=True)
         with output.log as file:
             file.write(output.rest)
-    code = process.returncode
     if result.reason == "ended without a report":
-        how = f"signal {-code}" + " (out of memory?)" * (code == -9) if code < 0 else f"code {code}"
-        where = f"in {phase}" if result.started else "before it started"
+        code, where = process.returncode, f"in {phase}" if result.started else "before it started"
+        how = f"signal {-code}{' (out of memory?)' * (code == -9)}" if code < 0 else f"code {code}"
         result.reason = plain(f"ended without a report, {where}, by {how}: {output.last}")
     result.total_seconds = time.monotonic() - begin
     return result
@@ -533,9 +522,7 @@ def log_end(path: Path, lines: int = 30) -> str:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 20_000))
         text = file.read().decode("utf-8", "replace")
-    return "\n".join(plain(line.replace("```", "'''"), 200) if not line.startswith(" ") else
-                     "    " + plain(line.replace("```", "'''"), 200)
-                     for line in text.splitlines()[-lines:])
+    return "\n".join(plain(line.replace("`", "'"), 200) for line in text.splitlines()[-lines:])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1307,13 +1294,13 @@ class Lab:
         self.begun.add(exp.number)
         self.running[worker], self.live[worker], exp.begun = exp, f"{name} starting", k + 1
 
-        def on_event(event: dict, output: Output):
-            if event["kind"] == "setup":
+        def on_event(kind: str, event: dict, printed: str):
+            if kind == "setup":
                 self.check_conditions(event)
-            elif event["kind"] == "progress":
+            elif kind == "progress":
                 self.live[worker] = (f"{name} {event['share']:4.0%}  "
-                                     f"{event['tokens_per_second']:.0f} tokens/s  {output.last}")
-            elif event["kind"] == "evaluation":
+                                     f"{event['tokens_per_second']:.0f} tokens/s  {printed}")
+            elif kind == "evaluation":
                 self.live[worker] = f"{name} evaluating"
 
         def work() -> tuple[int, Run]:
@@ -1637,8 +1624,8 @@ def main() -> int:
     except Stop as stop:
         message = str(stop)
     except OSError as error:
-        message = f"{error.strerror or error}: {error.filename or 'a file'}; what was logged is " \
-                  f"safe: make room or give permission, and start again"
+        message = f"{error.strerror or error}: {error.filename or Path.cwd()}; what was logged " \
+                  f"is safe: make room or give permission, and start again"
     print(f"autoresearch.py: {message}", file=sys.stderr)
     return 1
 

@@ -526,9 +526,21 @@ def test_a_second_driver_in_the_same_folder_is_refused(measured):
     first = measured.start("--researcher", "search")
     measured.wait_for(lambda: list(measured.folder.glob("runs/0001/run-0.log")), "the first run")
     assert "another driver works in this folder" in measured.drive(code=1)
-    first.send_signal(signal.SIGINT)
-    output = first.communicate(timeout=60)[0]
-    assert first.returncode == 130 and "baseline" in output.splitlines()[-5:][0] + output
+    first.terminate()
+    first.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_runs_and_prints_the_summary(measured, sign):
+    for path in (measured.train, measured.folder / "runs" / "0000" / "train.py"):
+        path.write_text(TINY + "# sleep 100\n")
+    process = measured.start("--researcher", "search")
+    pid = measured.wait_for(lambda: list(measured.folder.glob("runs/0001/run-0.pid")), "a run")[0]
+    number = int(pid.read_text().split()[0])
+    process.send_signal(sign)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + sign and "0 experiments: 0 kept" in output
+    assert not alive(number) and not pid.exists()
     consistent(measured)
 
 
@@ -665,15 +677,24 @@ def test_a_job_that_never_starts_is_a_crash_with_its_reason(measured):
     assert "before it started, by code 3: no such partition" in row["reason"]
 
 
-def test_runs_get_no_secrets_and_no_terminal(measured):
+def test_a_run_that_is_killed_for_its_memory_is_a_crash_and_the_driver_goes_on(measured):
+    measured.drive("--researcher", "search", "--launch", "sh -c 'kill -9 $$'", "--experiments", 2)
+    assert ["signal 9 (out of memory?)" in row["reason"] for row in consistent(measured)] == [
+        False, True, True]
+
+
+def test_runs_get_no_secrets_no_terminal_and_no_descriptors(measured):
     measured.env |= {"HF_TOKEN": "hf-very-secret", "OPENAI_API_KEY": "sk-very-secret",
                      "SOME_SETTING": "fine"}
-    look = "env > environment; readlink /proc/self/fd/0 > input; exec " + measured.launch
+    look = ("env > environment; readlink /proc/self/fd/0 > input; ls /proc/$$/fd > open; exec "
+            + measured.launch)
     measured.drive("--researcher", "search", "--experiments", 1, "--launch",
                    f"sh -c '{look} \"$@\"' sh")
     seen = (measured.folder / "environment").read_text()
     assert "very-secret" not in seen and "SOME_SETTING=fine" in seen
     assert (measured.folder / "input").read_text().strip() == "/dev/null"
+    inherited = {"0", "1", "2"} | {"10", "255"}      # the last two are the shell's own
+    assert set((measured.folder / "open").read_text().split()) <= inherited
 
 
 def test_a_disk_that_is_full_stops_it_cleanly_and_loses_nothing(measured):

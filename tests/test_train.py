@@ -19,6 +19,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
 
+BUDGET = 0.4                    # seconds of training
+LATE = prepare.OVERTIME[1] + 0.5    # seconds: too late
+
 # What the candidates share. Each changes a method of the model, or train().
 TRAIN = '''
 import copy, math, os, sys, threading, time
@@ -46,12 +49,11 @@ class Base(nn.Module):
 
 
 def loop(model):
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    weights = list(model.parameters())      # by hand: torch.optim takes a second to import
     for x, y, progress in prepare.batches(8, 32):
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        for weight, slope in zip(weights, torch.autograd.grad(loss, weights)):
+            weight.data -= 0.02 * slope.sign()
     return model
 
 
@@ -90,11 +92,12 @@ def train(*lines: str) -> str:
 
 
 LEAKS = {
-    "attention without a mask": mix("x + F.scaled_dot_product_attention(x, x, x)"),
+    "attention without a mask": mix("x + 4 * F.scaled_dot_product_attention(x, x, x)"),
     "a look-ahead of one token": mix("x + x.roll(-1, 1)"),
-    "the mean over the window": mix("x + x.mean(1, keepdim=True)"),
-    "the mean over chunks": mix("x + x.unflatten(1, (-1, 8)).mean(2).repeat_interleave(8, 1)"),
-    "a norm over the time axis": mix("(x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)"),
+    "the mean over the window": mix("x + 4 * x.mean(1, keepdim=True)"),
+    "the mean over chunks": mix(
+        "x + 4 * x.unflatten(1, (-1, 8)).mean(2).repeat_interleave(8, 1)"),
+    "a norm over the time axis": mix("4 * (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)"),
     "a norm over the rows": mix("(x - x.mean(0)) / x.std(0)"),
     "the next row": mix("x + x.roll(-1, 0)"),
     # windows of the text stand below one another: what follows a row is how the next one begins
@@ -106,7 +109,7 @@ LEAKS = {
         "    self.seen = {}",
         "def forward(self, tokens):",
         "    logits = super().forward(tokens)",
-        "    for i, row in enumerate(tokens.tolist() if not self.training else []):",
+        "    for i, row in enumerate(tokens[:, :99].tolist() if not self.training else []):",
         "        for t in range(2, len(row)):",
         "            for token in self.seen.get(tuple(row[t - 2:t + 1]), []):",
         "                logits[i, t, token] += 3",
@@ -189,10 +192,10 @@ ATTACKS = {     # name: (candidate, what the crash says)
         "if not self.training: logits = nn.Parameter(logits)"), "not a plain tensor"),
     "no model": (train("loop(Model())"), "NoneType, not a torch.nn.Module"),
     "no batch": (train("return Model()"), "without drawing a batch"),
-    "overtime": (train("model = loop(Model())", "time.sleep(1)", "return model"), "overtime"),
+    "overtime": (train("model = loop(Model())", f"time.sleep({LATE})", "return model"), "overtime"),
     "overtime in eval()": (model(
         "def eval(self):",
-        "    time.sleep(1)",
+        f"    time.sleep({LATE})",
         "    return super().eval()"), "overtime"),
     "training in a thread": (train(
         "model = Model()",
@@ -236,7 +239,7 @@ def start(source: str, corpus: tuple[Path, Path, Path], place: Path) -> list[dic
     _, cache, scripts = corpus
     (place / "candidate.py").write_text(source)
     command = [sys.executable, scripts / "prepare.py", "--run", place / "candidate.py", "--budget",
-               "0.4", "--folder", cache / (cache / "current").read_text(), "--key", KEY]
+               str(BUDGET), "--folder", cache / (cache / "current").read_text(), "--key", KEY]
     done = subprocess.run(command, text=True, timeout=120, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     (place / "log").write_text(done.stdout)
@@ -278,7 +281,7 @@ def test_an_honest_model_gets_its_own_score(candidate, outcome):
     last = outcome(candidate)
     assert last["event"] == "report", last
     assert 1.5 < last["val_bpb"] < 6 and 1.5 < last["test_bpb"] < 6
-    assert 0.1 < last["train_seconds"] < 1.1
+    assert 0 < last["train_seconds"] < BUDGET + LATE
 
 
 # --------------------------------------------------------------------------------------------------
