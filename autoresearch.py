@@ -60,7 +60,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -291,7 +291,7 @@ def judge(candidate: list[float], incumbent: list[float], noise: float) -> str:
     a second run for those that look good at first.
     """
     gain = statistics.fmean(incumbent) - statistics.fmean(candidate)
-    if gain <= 0 or gain < WIN * standard_error(len(candidate), len(incumbent), noise):
+    if not gain > 0 or gain < WIN * standard_error(len(candidate), len(incumbent), noise):
         return "discard"
     return "again" if len(candidate) < RUNS else "keep"
 
@@ -302,14 +302,18 @@ def judge(candidate: list[float], incumbent: list[float], noise: float) -> str:
 IMPORTS = set("torch numpy math cmath random itertools functools collections dataclasses typing "
               "abc enum contextlib time warnings copy string __future__ prepare".split())
 OFFERED = {"DEVICE", "SEQ_LEN", "VOCAB_SIZE", "batches", "by_hand"}     # of prepare
+OWN_NAMES = {"__name__", "__file__"}
 BUILTINS = set("open exec eval compile __import__ input globals locals vars getattr setattr "
                "delattr breakpoint exit quit help".split())
 SEEDS = set("seed seed_all manual_seed manual_seed_all set_rng_state set_rng_state_all default_rng "
-            "RandomState Generator PCG64 Philox SeedSequence fork_rng Random SystemRandom".split())
+            "RandomState Generator PCG64 Philox MT19937 SFC64 SeedSequence fork_rng Random "
+            "SystemRandom".split())
 FILES = set("load save savez savez_compressed savetxt loadtxt genfromtxt fromregex memmap fromfile "
             "tofile from_file open_memmap DataSource hub package multiprocessing distributed "
             "cpp_extension load_library ctypeslib load_url UntypedStorage rpc serialization "
-            "lib format f2py os sys io builtins inspect gc subprocess pickle".split())  # of modules
+            "lib format f2py os sys io builtins inspect gc subprocess pickle onnx datapipes "
+            "overrides CompilationUnit Formatter get_type_hints".split())       # of modules
+FRAMES = set("gi_frame cr_frame ag_frame tb_frame f_globals f_locals f_back tofile".split())
 
 
 def without_docstrings(tree: ast.AST) -> ast.AST:
@@ -326,55 +330,57 @@ def fingerprint(source: str) -> str:
     return hashlib.sha256(ast.dump(without_docstrings(ast.parse(source))).encode()).hexdigest()[:16]
 
 
-def root_of(node: ast.AST) -> tuple[str, list[str]]:
-    """Return ("torch", ["optim", "Muon"]) for torch.optim.Muon; ("", [...]) where no name leads."""
+def dotted(node: ast.AST) -> list[str]:
+    """Return ["torch", "optim", "Muon"] for torch.optim.Muon; "" first where no name leads."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)
         node = node.value
-    return (node.id if isinstance(node, ast.Name) else ""), parts
+    return [node.id if isinstance(node, ast.Name) else "", *parts]
 
 
-def objections(tree: ast.Module):
+def objection(root: str, parts: set[str], of_module: bool) -> str:
+    """Return why root.part.part may not be used, or ""."""
+    if any(part.startswith("__") and part != "__init__" for part in parts) or parts & FRAMES:
+        return "a way into the interpreter"
+    if parts & (SEEDS if of_module else SEEDS - {"seed"}):
+        return "the seed is not the researcher's choice"
+    if of_module and (parts & FILES or root != "torch" and any(p[0] == "_" for p in parts)):
+        return "no files, processes or sockets"
+    if root == "prepare" and parts - OFFERED:
+        return f"prepare offers {', '.join(sorted(OFFERED))}"
+    return ""
+
+
+def objections(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield (line, what is not allowed there)."""
-    modules = set()
+    modules: set[str] = set()       # names that are modules, and ...
+    members: set[str] = set()       # ... names imported from one
     for node in ast.walk(tree):
-        at = getattr(node, "lineno", 0)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                names.append(f"{names[0]}.{alias.name}" if isinstance(node, ast.ImportFrom)
-                             else alias.name)
-                modules.add(alias.asname or alias.name.partition(".")[0])
-                if alias.name == "*":
-                    yield at, "import *"
-            for name in names:
-                root, *parts = name.split(".")
-                allowed = root in IMPORTS and not getattr(node, "level", 0)
-                if not allowed or (FILES | SEEDS) & set(parts):
-                    yield at, f"import of {name}"
-                if root == "prepare" and parts and parts[0] not in OFFERED:
-                    yield at, f"prepare.{parts[0]}: prepare offers {', '.join(sorted(OFFERED))}"
+                root, *parts = (prefix + alias.name).split(".")
+                bound = alias.asname or alias.name.partition(".")[0]
+                (members if prefix else modules).add(bound)
+                if root not in IMPORTS or "*" in parts or getattr(node, "level", 0):
+                    yield node.lineno, f"import of {prefix}{alias.name}"
+                elif why := objection(root, set(parts), True):
+                    yield node.lineno, f"import of {prefix}{alias.name}: {why}"
     for node in ast.walk(tree):
-        at = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Assign) and getattr(node.value, "id", "") in modules:
+            yield node.lineno, f"another name for {node.value.id}"
         if isinstance(node, ast.Name):
-            if node.id in BUILTINS:
-                yield at, f"{node.id}()"
-            if node.id.startswith("__") and node.id not in ("__name__", "__file__"):
-                yield at, node.id
+            if node.id in BUILTINS or node.id[:2] == "__" and node.id not in OWN_NAMES:
+                yield node.lineno, f"{node.id}()"
         if isinstance(node, ast.Attribute):
-            root, parts = root_of(node)
-            if node.attr.startswith("__") and node.attr != "__init__":
-                yield at, f".{node.attr}"
-            if node.attr in SEEDS and (root in modules or node.attr != "seed"):
-                yield at, f".{node.attr}: the seed is not the researcher's choice"
-            if root in modules and node.attr in FILES:
-                yield at, f"{root}.{'.'.join(parts)}: no files, processes or sockets"
-            if root == "prepare" and parts[0] not in OFFERED:
-                yield at, f"prepare.{parts[0]}: prepare offers {', '.join(sorted(OFFERED))}"
-            stored = not isinstance(node.ctx, ast.Load)
-            if stored and root in modules and not {"backends", "config"} & set(parts[:-1]):
-                yield at, f"assignment to {root}.{'.'.join(parts)}"
+            root, *parts = dotted(node)
+            of_module = root in modules | members
+            if why := objection(root, set(parts), of_module):
+                yield node.lineno, f"{root}.{'.'.join(parts)}: {why}"
+            settings = {"backends", "config"} & set(parts[:-1])
+            if of_module and not isinstance(node.ctx, ast.Load) and not settings:
+                yield node.lineno, f"assignment to {root}.{'.'.join(parts)}"
 
 
 def screen(source: str, seen: dict[str, int]) -> str:
@@ -452,7 +458,7 @@ class Output:
     def __init__(self, path: Path, key: str):
         self.log, self.key, self.rest, self.size, self.last = open(path, "wb"), key, b"", 0, ""
 
-    def feed(self, chunk: bytes):
+    def feed(self, chunk: bytes) -> Iterator[dict]:
         """Take in some bytes. Yields the events in them."""
         self.size += len(chunk)
         *lines, self.rest = (self.rest + chunk).split(b"\n")

@@ -104,7 +104,13 @@ REFUSED = {
     "import prepare as p; p.EVAL_ROWS = 1": "assignment to p.EVAL_ROWS",
     "torch.set_rng_state(0)": "seed",
     "from random import Random": "import of random.Random",
-    "from math import *": "import *",
+    "import random; random._os.system('x')": "._os",
+    "batch = prepare.batches(1).gi_frame": ".gi_frame",
+    "import random; r = random": "another name for random",
+    "np.random.SFC64(1)": "seed",
+    "torch.overrides.TorchFunctionMode": "overrides",
+    "torch.ones(1).numpy().tofile('x')": ".tofile",
+    "from math import *": "import of math.*",
     "def f(:": "syntax error in line",
 }
 

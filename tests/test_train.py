@@ -341,6 +341,8 @@ SMALL = {
         9.0 * F.one_hot(x.roll(-1, 0)[:, :1], SIZE), (0, 0, 127, 0)),
     "which tokens there are in the window": lambda x, call: (
         2 * F.one_hot(x, SIZE).float().mean(1, keepdim=True) * SIZE),
+    "no gain but a change": lambda x, call: 0.2 * torch.cos(    # as a model that learned little
+        x.roll(-1, 1)[..., None] * torch.arange(1, SIZE + 1, device=x.device)),
 }
 
 
