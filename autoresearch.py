@@ -74,7 +74,7 @@ RUNS = 2                # runs that a candidate has to win; RUNS = 1, WIN = 0 is
 BASELINE_RUNS = 3       # runs of the baseline: the first estimate of the noise
 RETURNS = 2             # times that a proposal goes back to the LLM with what was wrong
 LOG_LIMIT = 10_000_000  # bytes of output after which a run is ended; one that behaves writes 10 kB
-GRACE = 5               # seconds from SIGTERM to SIGKILL
+GRACE = 3               # seconds from SIGTERM to SIGKILL
 START_LIMIT = 300       # seconds until a run on this machine says that it has started
 REPLY_TOKENS = 16_000   # max_tokens where a server insists on it
 HISTORY_FULL = 100      # newest experiments told in full; older discards are folded

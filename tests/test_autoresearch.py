@@ -20,8 +20,8 @@ from conftest import ROOT, TINY, edit
 sys.path.insert(0, str(ROOT))
 import autoresearch as ar  # noqa: E402
 
-BETTER = edit("LR = 0.02               # of Adam", "LR = 0.06", "a higher rate")
-WORSE = edit("LR = 0.02               # of Adam", "LR = 0.00001", "hardly any rate")
+BETTER = edit("LR = 0.02               # of each weight", "LR = 0.06", "a higher rate")
+WORSE = edit("LR = 0.02               # of each weight", "LR = 0.00001", "hardly any rate")
 
 
 def consistent(lab) -> list[dict]:
@@ -145,8 +145,8 @@ def test_a_change_of_comments_or_formatting_is_a_duplicate():
 def test_an_edit_has_to_match_once_and_the_nearest_lines_are_shown_if_not():
     assert "WIDTH = 32\n" in ar.apply_reply(edit("WIDTH = 16              # channels   ",
                                                  "WIDTH = 32"), TINY)[1]
-    with pytest.raises(ar.Unclear, match="in no place(.|\n)*LR = 0.02               # of Adam"):
-        ar.apply_reply(edit("LR = 0.03               # of Adam", "LR = 1"), TINY)
+    with pytest.raises(ar.Unclear, match="in no place(.|\n)*LR = 0.02  "):
+        ar.apply_reply(edit("LR = 0.03               # of each weight", "LR = 1"), TINY)
     with pytest.raises(ar.Unclear, match=r"in \d+ places, lines"):
         ar.apply_reply(edit("", "x"), TINY)
 
@@ -165,7 +165,7 @@ def test_an_unclear_reply_is_never_guessed_at(reply, reason):
 def test_a_reply_may_be_a_whole_file_or_have_windows_line_ends():
     whole = "**DESCRIPTION:** all new\n\n```python\nx = 1\n```\n"
     assert ar.apply_reply(whole, TINY) == ("all new", "x = 1\n")
-    crlf = edit("LR = 0.02               # of Adam", "LR = 1").replace("\n", "\r\n")
+    crlf = edit("LR = 0.02               # of each weight", "LR = 1").replace("\n", "\r\n")
     assert "LR = 1\n" in ar.apply_reply(crlf, TINY)[1]
 
 
@@ -332,13 +332,13 @@ def test_a_night_of_1000_is_small_and_fast():
 
 
 def test_a_first_start_measures_the_baseline_and_goes_on_with_search(lab):
-    output = lab.drive("--experiments", 2, "--data", lab.text, "--budget", 0.3)
+    output = lab.drive("--experiments", 1, "--data", lab.text, "--budget", 0.3)
     rows = consistent(lab)
     assert (lab.folder / "results.tsv").read_text().splitlines()[0] == "\t".join(ar.COLUMNS)
-    assert [row["by"] for row in rows] == ["baseline", "search", "search"]
+    assert [row["by"] for row in rows] == ["baseline", "search"]
     assert len(rows[0]["runs"].split(",")) == 3 and rows[0]["status"] == "keep"
     assert "set ANTHROPIC_API_KEY" in output, "a line says how to connect an LLM"
-    assert "baseline 2." in output and "2 experiments: " in output
+    assert "baseline 2." in output and "1 experiments: " in output
     assert (lab.folder / "progress.svg").read_text().startswith("<svg")
     for row in rows[1:]:
         assert " -> " in row["description"]
@@ -375,7 +375,7 @@ def test_an_llm_proposes_and_no_prompt_has_test_bpb_or_the_key(measured, llm, wi
 
 def test_between_keeps_nine_tenths_of_a_prompt_are_what_they_were(measured, llm):
     luck = itertools.count(1)
-    server = llm([lambda h: h.reply(edit("LR = 0.02               # of Adam",
+    server = llm([lambda h: h.reply(edit("LR = 0.02               # of each weight",
                                          f"LR = {next(luck)}e-7", "hardly any"))])
     shutil.copy(ROOT / "train.py", measured.folder / "long.txt")
     measured.drive("--experiments", 4, "--base-url", server.url)
@@ -387,7 +387,7 @@ def test_between_keeps_nine_tenths_of_a_prompt_are_what_they_were(measured, llm)
 
 def test_what_is_wrong_goes_back_twice_at_most_and_a_crash_with_its_log(measured, llm):
     crash = edit("    return model", "    return 1 / 0", "a division")
-    server = llm(["nonsense", edit("LR = 0.02               # of Adam", "LR = = 1"), crash,
+    server = llm(["nonsense", edit("LR = 0.02               # of each weight", "LR = = 1"), crash,
                   edit("BATCH = 8", "import os")])
     measured.drive("--experiments", 2, "--base-url", server.url)
     rows = consistent(measured)
@@ -443,10 +443,12 @@ FAILURES = {
 
 def test_search_fills_in_while_the_api_is_away_and_the_llm_goes_on_after(measured, llm):
     server = llm([FAILURES["500"], BETTER])
-    output = measured.drive("--experiments", 25, "--base-url", server.url)
+    process = measured.start("--base-url", server.url)
+    measured.wait_for(lambda: "llm" in [row["by"] for row in measured.rows()], "the LLM's row")
+    process.terminate()
+    assert "HTTP 500" in process.communicate(timeout=60)[0]
     by = [row["by"] for row in consistent(measured)[1:]]
-    assert "search" in by and by[0] == "search" and "llm" in by[1:], output
-    assert "HTTP 500" in output
+    assert "search" in by[:by.index("llm")]
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -717,7 +719,7 @@ def test_a_disk_that_is_full_stops_it_cleanly_and_loses_nothing(measured):
 
 def test_two_workers_finish_in_any_order_and_the_ledger_is_right(measured, llm):
     rates = itertools.count(1)
-    server = llm([lambda h: h.reply(edit("LR = 0.02               # of Adam",
+    server = llm([lambda h: h.reply(edit("LR = 0.02               # of each weight",
                                          f"LR = {0.02 + next(rates) / 50}", "a rate"))])
     measured.drive("--experiments", 4, "--workers", 2, "--base-url", server.url)
     rows = consistent(measured)

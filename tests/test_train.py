@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -247,16 +246,13 @@ def start(source: str, corpus: tuple[Path, Path, Path], place: Path) -> list[dic
     return [json.loads(event) for key, event in lines if key]
 
 
-@pytest.fixture(scope="session")
-def outcome(request, corpus, tmp_path_factory) -> Callable[[str], dict | None]:
-    """Run what the tests of this session ask for, two at a time. outcome(name): its last event."""
-    sources = LEAKS | HONEST | EXITS | {name: source for name, (source, _) in ATTACKS.items()}
-    pool = ThreadPoolExecutor(2)
-    runs = {name: pool.submit(start, sources[name], corpus, tmp_path_factory.mktemp("run"))
-            for item in request.session.items if hasattr(item, "callspec")
-            for name in [item.callspec.params.get("candidate")] if name in sources}
-    yield lambda name: runs[name].result()[-1]
-    pool.shutdown(cancel_futures=True)
+SOURCES = LEAKS | HONEST | EXITS | {name: source for name, (source, _) in ATTACKS.items()}
+
+
+@pytest.fixture
+def outcome(started) -> Callable[[str], dict]:
+    """outcome(name) is the last event of a candidate's run."""
+    return lambda name: started[name].result()[-1]
 
 
 @pytest.mark.parametrize("candidate", LEAKS)
