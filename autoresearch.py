@@ -576,17 +576,17 @@ class LLM:
                              else "https://api.openai.com/v1")).rstrip("/")
         self.model = model
         self.trouble = ""
-        self.session = requests.Session()
-        self.session.auth = lambda request: request     # else ~/.netrc would replace our header
-        self.session.headers.update(
+        self.headers = (
             {"x-api-key": self.key, "anthropic-version": "2023-06-01"} if self.anthropic
             else {"Authorization": f"Bearer {self.key}"} if self.key else {})
 
     def request(self, method: str, path: str, body: dict | None = None) -> dict:
         """Send one request and return its JSON. Raises Retry for what may pass, else Stop."""
         try:
-            answer = self.session.request(method, self.url + path, json=body, timeout=(10, 600),
-                                          allow_redirects=False)
+            answer = requests.request(
+                method, self.url + path, json=body, headers=self.headers, timeout=(10, 600),
+                allow_redirects=False,              # a redirect might lead the key elsewhere
+                auth=lambda request: request)       # else ~/.netrc would replace our header
         except requests.RequestException as error:
             raise Retry(f"{type(error).__name__} at {self.url}") from None
         code, words = answer.status_code, plain(answer.text.replace(self.key or "\0", "[key]"))
@@ -745,7 +745,7 @@ def history_lines(rows: list[dict[str, str]]) -> list[str]:
 
 
 def build_prompt(program: str, machine: str, incumbent: Experiment, rows: list[dict[str, str]],
-                 noise: float, running: list[Experiment]) -> tuple[str, str, str]:
+                 noise: float, running: list[Experiment], others: int) -> tuple[str, str, str]:
     """Return (system, stable, now): the parts of a prompt from what changes least to most.
 
     The stable part only grows at its end between two keeps. test_bpb is in none of them.
@@ -762,6 +762,9 @@ def build_prompt(program: str, machine: str, incumbent: Experiment, rows: list[d
            f"stays is run again." if noise else "\n# Now\nThe baseline is being measured."]
     now += [f"Running at this moment, without a result yet: #{e.number} ({e.by}): {e.description}"
             for e in running if e.number]
+    if others:
+        now.append(f"{others} other proposals are being written from this same text: choose a "
+                   f"direction that is not the first to come to mind.")
     return RULES + program, stable, "\n".join([*now, "Propose the next experiment."])
 
 
@@ -1213,6 +1216,9 @@ class Lab:
         if not TRAIN.exists() or read(TRAIN) in [exp.source for exp in self.todo]:
             write_whole(TRAIN, self.incumbent.source)       # killed in the middle of a keep
         self.notice_edit()
+        for exp in [exp for exp in self.todo if exp.runs]:  # measured, but killed before its row
+            self.todo.remove(exp)
+            self.decide(exp)
 
     def begin(self):
         """Make train.py as found the baseline."""
@@ -1230,6 +1236,7 @@ class Lab:
         base.by, base.source = "baseline", source
         base.save()
         self.todo[:0] = [base] * (BASELINE_RUNS - len(base.runs))
+        self.decide(base)
 
     def notice_edit(self):
         """Make a person's edit of train.py the next candidate, saved before anything else."""
@@ -1269,7 +1276,7 @@ class Lab:
             raise Stop(f"{PROGRAM} cannot be read ({error.strerror}), and it tells the researcher "
                        f"what to do: write one, or git checkout {PROGRAM}") from None
         prompt = build_prompt(program, self.machine(), self.incumbent, self.rows, self.noise,
-                              list(self.running.values()))
+                              list(self.running.values()), len(self.drafting))
         self.drafting.append(exp)
         self.start(draft, exp, prompt, self.incumbent, self.llm, dict(self.seen), self.stop,
                    self.inbox.put)
@@ -1346,39 +1353,42 @@ class Lab:
 
     # Deciding
 
-    def judge_run(self, worker: int, result: Run):
-        """A run has ended: run its experiment again, have it mended, or record the verdict."""
+    def take_run(self, worker: int, result: Run):
+        """A run has ended: decide, or have a crash mended by the LLM that caused it."""
         exp = self.running.pop(worker)
         del self.live[worker], self.threads[worker]
         self.free_since[worker] = time.monotonic()
         exp.runs.append(result)
-        if result.reason and not exp.number:
+        if not result.reason:
+            self.decide(exp)
+        elif not exp.number:
             raise Stop(f"the baseline does not run: {result.reason}; see {exp.folder}/run-*.log "
                        f"and mend {TRAIN}")
-        if result.reason:
-            if self.llm and exp.by == "llm" and result.started and exp.returns < RETURNS:
-                log = log_end(exp.folder / f"run-{exp.begun - 1}.log")
-                exp.turns = [read(exp.reply_path(exp.asks - 1)),
-                             complaint(result.reason, log)]
-                exp.returns, exp.runs = exp.returns + 1, []
-                self.ask.append(exp)
-                self.out.say(f"#{exp.number} {exp.by} crashed and goes back: {result.reason}")
-            else:
-                self.record(exp, "crash", result.reason)
-        elif not exp.number:
-            if len(exp.runs) == BASELINE_RUNS:
-                self.record(exp, "keep", "the baseline")
+        elif self.llm and exp.by == "llm" and result.started and exp.returns < RETURNS:
+            log = log_end(exp.folder / f"run-{exp.begun - 1}.log")
+            exp.turns = [read(exp.reply_path(exp.asks - 1)), complaint(result.reason, log)]
+            exp.returns, exp.runs = exp.returns + 1, []
+            self.ask.append(exp)
+            self.out.say(f"#{exp.number} {exp.by} crashed and goes back: {result.reason}")
         else:
-            noise, best = self.noise, self.incumbent
-            gain = statistics.fmean(best.scores) - statistics.fmean(exp.scores)
-            reason = f"{gain:+.4f} ({gain / max(noise, 1e-9):+.1f} noise) against #{best.number}"
-            verdict = judge(exp.scores, best.scores, noise)
-            if verdict == "again":
-                self.todo.insert(0, exp)
-                self.out.say(f"#{exp.number} {exp.by} {exp.scores[-1]:.4f} looks better, {reason}:"
-                             f" once more, on a fresh seed")
-            else:
-                self.record(exp, verdict, reason)
+            self.record(exp, "crash", result.reason)
+
+    def decide(self, exp: Experiment):
+        """Judge what has been measured of an experiment: record it, or run it again."""
+        if not exp.number:
+            if len(exp.runs) >= BASELINE_RUNS:
+                self.record(exp, "keep", "the baseline")
+            return
+        noise, best = self.noise, self.incumbent
+        gain = statistics.fmean(best.scores) - statistics.fmean(exp.scores)
+        reason = f"{gain:+.4f} ({gain / max(noise, 1e-9):+.1f} noise) against #{best.number}"
+        verdict = judge(exp.scores, best.scores, noise)
+        if verdict == "again":
+            self.todo.insert(0, exp)
+            self.out.say(f"#{exp.number} {exp.by} {exp.scores[-1]:.4f} looks better, {reason}: "
+                         f"once more, on a fresh seed")
+        else:
+            self.record(exp, verdict, reason)
 
     def record(self, exp: Experiment, status: str, reason: str):
         """Make a verdict last. The row comes last: before it, a kill means judging again."""
@@ -1511,7 +1521,7 @@ class Lab:
             if isinstance(news, str):
                 self.out.say(news)
             elif isinstance(news, tuple):
-                self.judge_run(*news)
+                self.take_run(*news)
             else:
                 self.drafting.remove(news)
                 self.todo.append(news)
@@ -1611,6 +1621,8 @@ def night(args: argparse.Namespace):
 
 def main() -> int:
     args = parse_arguments()
+    if args.data and Path(args.data).exists():      # it may be relative to where we were started
+        args.data = str(Path(args.data).resolve())
     os.chdir(Path(__file__).resolve().parent)
 
     def interrupt(number, frame):

@@ -578,6 +578,14 @@ def test_only_a_branch_named_autoresearch_gets_commits_and_of_train_py_alone(mea
     assert git("diff", "--cached", "--name-only").split() == ["notes.txt"], "the index is as it was"
 
 
+def test_the_log_alone_is_enough_to_go_on(measured):
+    shutil.rmtree(measured.folder / "runs")
+    measured.drive("--experiments", 1, "--data", measured.text)
+    rows = measured.rows()
+    assert [row["by"] for row in rows] == ["baseline", "search"]
+    assert rows[1]["status"] == "keep" or measured.train.read_text() == TINY
+
+
 # Kills
 
 KILLER = """
@@ -615,8 +623,16 @@ def test_killed_before_any_write_of_a_keep_it_goes_on_without_loss(measured, llm
         else:
             measured.drive("--experiments", 1, "--researcher", "search")
         assert [row["status"] for row in consistent(measured)[:2]] == ["keep", "keep"]
+        assert len(list(measured.folder.glob("runs/0001/run-*.json"))) == 2, "no run was wasted"
         assert len(server.requests) <= 2, "only a reply that never reached the disk is paid again"
     assert writes > 12
+
+
+def test_a_kill_between_the_last_baseline_run_and_its_row_wastes_no_run(measured):
+    (measured.folder / "results.tsv").unlink()
+    measured.drive("--experiments", 1)
+    assert [row["by"] for row in consistent(measured)] == ["baseline", "search"]
+    assert len(list(measured.folder.glob("runs/0000/run-*.json"))) == 3
 
 
 def test_killed_at_random_instants_with_two_workers_it_keeps_every_row(measured):
