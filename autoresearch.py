@@ -43,6 +43,7 @@ import email.utils
 import fcntl
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -75,6 +76,7 @@ BASELINE_RUNS = 3       # runs of the baseline: the first estimate of the noise
 RETURNS = 2             # times that a proposal goes back to the LLM with what was wrong
 LOG_LIMIT = 10_000_000  # bytes of output after which a run is ended; one that behaves writes 10 kB
 GRACE = 3               # seconds from SIGTERM to SIGKILL
+FALSE_STARTS = 5        # runs in a row that do not start, after which the machine is to blame
 START_LIMIT = 300       # seconds until a run on this machine says that it has started
 REPLY_TOKENS = 16_000   # max_tokens where a server insists on it
 HISTORY_FULL = 100      # newest experiments told in full; older discards are folded
@@ -83,6 +85,8 @@ COLUMNS = ("commit val_bpb memory_gb status description experiment by runs test_
            "train_seconds total_seconds input_tokens output_tokens finished").split()
 TRAIN, LEDGER, PROGRAM, PLOT, FOLDERS = map(
     Path, ("train.py", "results.tsv", "program.md", "progress.svg", "runs"))
+CONDITIONS = FOLDERS / "conditions.json"        # what makes the ledger's numbers comparable
+NO_REPORT = "ended without a report"
 
 
 class Stop(Exception):
@@ -181,7 +185,9 @@ class Experiment:
     @classmethod
     def load(cls, number: int) -> "Experiment":
         """Read an experiment back from its folder, with the runs that were completed."""
-        exp = cls(number, "llm")
+        exp = cls(number, "human")
+        if exp.reply_path(0).exists():
+            exp.by = "llm"
         with contextlib.suppress(FileNotFoundError):
             vars(exp).update(json.loads(read(exp.folder / "proposal.json")))
         with contextlib.suppress(FileNotFoundError):
@@ -190,7 +196,7 @@ class Experiment:
             exp.unread.append(read(path))
         for path in sorted(exp.folder.glob("run-*.json")):
             run = Run(**json.loads(read(path)))
-            exp.begun = int(path.stem.partition("-")[2]) + 1
+            exp.begun = max(exp.begun, int(path.stem.partition("-")[2]) + 1)
             if not run.reason and run.fingerprint == exp.fingerprint:
                 exp.runs.append(run)
         return exp
@@ -389,8 +395,8 @@ def screen(source: str, seen: dict[str, int]) -> str:
     Raises Unclear with the line and the reason.
     """
     try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError) as error:
+        tree, mark = ast.parse(source), fingerprint(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 0
         text = source.splitlines()[line - 1].strip() if 0 < line <= source.count("\n") + 1 else ""
         raise Unclear(f"syntax error in line {line} ({getattr(error, 'msg', error)}): {text}") \
@@ -399,9 +405,8 @@ def screen(source: str, seen: dict[str, int]) -> str:
         raise Unclear(f"not allowed in line {line}: {what}")
     if not any(isinstance(node, ast.FunctionDef) and node.name == "train" for node in tree.body):
         raise Unclear("train.py has to define train() -> torch.nn.Module at top level")
-    same = seen.get(mark := fingerprint(source))
-    if same is not None:
-        raise Unclear(f"duplicate: the same program as experiment {same}, comments aside")
+    if mark in seen:
+        raise Unclear(f"duplicate: the same program as experiment {seen[mark]}, comments aside")
     return mark
 
 
@@ -411,25 +416,27 @@ def screen(source: str, seen: dict[str, int]) -> str:
 
 def child_environment(**more: str) -> dict[str, str]:
     """Return the environment for runs: ours without anything that looks like a secret."""
-    secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$", re.IGNORECASE)
+    secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$|^OPENAI|^ANTHROPIC", re.I)
     kept = {name: value for name, value in os.environ.items() if not secret.search(name)}
     return kept | {"PYTHONUNBUFFERED": "1"} | more
 
 
 def exited(process: subprocess.Popen) -> bool:
     """Has the process ended? It is left unreaped, so that its group's number stays taken."""
+    if not hasattr(os, "waitid"):       # macOS before Python 3.13
+        return process.poll() is not None
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
     return process.returncode is not None or os.waitid(os.P_PID, process.pid, flags) is not None
 
 
 def end_group(process: subprocess.Popen):
     """End a process with all that it started: SIGTERM, some grace, then SIGKILL to the group."""
-    if not exited(process):
-        os.killpg(process.pid, signal.SIGTERM)
-        patience = time.monotonic() + GRACE
-        while not exited(process) and time.monotonic() < patience:
-            time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody but a zombie is left
+        if not exited(process):
+            os.killpg(process.pid, signal.SIGTERM)
+            patience = time.monotonic() + GRACE
+            while not exited(process) and time.monotonic() < patience:
+                time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -465,8 +472,9 @@ class Output:
         for line in lines:
             before, key, event = line.partition(self.key.encode())
             if key:
-                yield json.loads(event)
                 line = before
+                with contextlib.suppress(ValueError):   # damaged on its way: no report, then
+                    yield json.loads(event)
             if line.strip():
                 self.last = plain(line.decode("utf-8", "replace"), 80)
                 self.log.write(line + b"\n")
@@ -480,7 +488,7 @@ def run(command: list[str], log: Path, key: str, environment: dict[str, str], qu
     Each event may name the seconds until the next phase has to begin: that is the cap. Before the
     first event there is none if the run is `queued`: time in a queue does not count.
     """
-    result, begin, phase = Run(reason="ended without a report"), time.monotonic(), "start"
+    result, begin, phase = Run(reason=NO_REPORT), time.monotonic(), "start"
     deadline = begin + (math.inf if queued else START_LIMIT)
     output, pid_file = Output(log, key), log.with_suffix(".pid")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -489,6 +497,7 @@ def run(command: list[str], log: Path, key: str, environment: dict[str, str], qu
         write_whole(pid_file, f"{process.pid} {key}\n")
         pipe = process.stdout.fileno()
         while True:
+            ended = exited(process)     # asked first: what it wrote before is then in the pipe
             chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], 0.05)[0] else b""
             for event in output.feed(chunk):
                 kind = event.pop("event")
@@ -499,13 +508,14 @@ def run(command: list[str], log: Path, key: str, environment: dict[str, str], qu
                 if kind == "crash":
                     result.reason = plain(event["reason"])
                 on_event(kind, event, output.last)
-            if not chunk and exited(process):       # grandchildren may still hold the pipe
+            if not chunk and ended:     # grandchildren may still hold the pipe
                 break
             over = ("stopped" if stop.is_set() else
                     f"flooded its log: {LOG_LIMIT // 1_000_000} MB" if output.size > LOG_LIMIT else
                     f"timeout: in {phase} for too long" if time.monotonic() > deadline else "")
             if over:
-                result.reason = result.reason and over      # a score that is there stays valid
+                if result.reason == NO_REPORT:
+                    result.reason = over
                 break
             if not chunk:
                 time.sleep(0.02)
@@ -514,11 +524,11 @@ def run(command: list[str], log: Path, key: str, environment: dict[str, str], qu
         process.stdout.close()
         pid_file.unlink(missing_ok=True)
         with output.log as file:
-            file.write(output.rest)
-    if result.reason == "ended without a report":
+            file.write(output.rest.partition(key.encode())[0])
+    if result.reason == NO_REPORT:
         code, where = process.returncode, f"in {phase}" if result.started else "before it started"
         how = f"signal {-code}{' (out of memory?)' * (code == -9)}" if code < 0 else f"code {code}"
-        result.reason = plain(f"ended without a report, {where}, by {how}: {output.last}")
+        result.reason = plain(f"{NO_REPORT}, {where}, by {how}: {output.last}")
     result.total_seconds = time.monotonic() - begin
     return result
 
@@ -569,9 +579,9 @@ class LLM:
 
     def __init__(self, base_url: str | None, model: str | None):
         base = base_url or os.environ.get("OPENAI_BASE_URL") or ""
-        anthropic_key = os.environ.get("ANTHROPIC_API_KEY", "")
+        anthropic_key = os.environ.get("ANTHROPIC_API_KEY", "").strip()
         self.anthropic = "anthropic" in base if base else bool(anthropic_key)
-        self.key = anthropic_key if self.anthropic else os.environ.get("OPENAI_API_KEY", "")
+        self.key = anthropic_key if self.anthropic else os.environ.get("OPENAI_API_KEY", "").strip()
         self.url = (base or ("https://api.anthropic.com/v1" if self.anthropic
                              else "https://api.openai.com/v1")).rstrip("/")
         self.model = model
@@ -587,6 +597,8 @@ class LLM:
                 method, self.url + path, json=body, headers=self.headers, timeout=(10, 600),
                 allow_redirects=False,              # a redirect might lead the key elsewhere
                 auth=lambda request: request)       # else ~/.netrc would replace our header
+        except ValueError as error:             # of the URL or the key, before anything is sent
+            raise Stop(f"{type(error).__name__}: check --base-url {self.url} and the key") from None
         except requests.RequestException as error:
             raise Retry(f"{type(error).__name__} at {self.url}") from None
         code, words = answer.status_code, plain(answer.text.replace(self.key or "\0", "[key]"))
@@ -610,26 +622,29 @@ class LLM:
         if not self.model and "api.openai.com" in self.url:
             self.model = "gpt-5.5"
         if not self.model:
-            models = self.request("GET", "/models").get("data") or []
-            if not models:
-                raise Stop(f"{self.url}/models names no model: say which with --model")
-            self.model = models[0]["id"]
+            try:
+                self.model = self.request("GET", "/models")["data"][0]["id"]
+            except (KeyError, IndexError, TypeError):
+                raise Stop(f"{self.url}/models names no model: say which with --model") from None
         return self.model
 
-    def body(self, system: str, stable: str, now: str, turns: list[str]) -> dict:
-        """Return the request: system text, a first message in two parts, and the turns since.
+    def body(self, system: str, stable: list[str], now: str, turns: list[str]) -> dict:
+        """Return the request: system text, the first message, and the turns since.
 
-        No parameter that is not needed: reasoning models refuse temperature and max_tokens.
+        No parameter that is not needed: reasoning models refuse temperature and max_tokens. For
+        Anthropic each stable part is a block, since a cached prefix ends where a block did; an
+        hour, since the next call comes after the next run.
         """
         roles = ["assistant", "user"] * len(turns)
         later = [{"role": role, "content": text} for role, text in zip(roles, turns)]
         if not self.anthropic:
-            first = {"role": "user", "content": stable + now}
+            first = {"role": "user", "content": "".join(stable) + now}
             return {"model": self.model,
                     "messages": [{"role": "system", "content": system}, first, *later]}
-        cached = {"cache_control": {"type": "ephemeral"}}
-        first = {"role": "user", "content": [{"type": "text", "text": stable} | cached,
-                                             {"type": "text", "text": now}]}
+        cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+        blocks = [{"type": "text", "text": text} for text in (*stable, now)]
+        blocks[-2] |= cached
+        first = {"role": "user", "content": blocks}
         return {"model": self.model, "max_tokens": REPLY_TOKENS,
                 "system": [{"type": "text", "text": system} | cached], "messages": [first, *later]}
 
@@ -653,14 +668,14 @@ class LLM:
             raise Retry(f"unexpected JSON from {self.url} ({type(error).__name__}: {error})") \
                 from None
 
-    def ask(self, exp: Experiment, prompt: tuple[str, str, str], stop: threading.Event,
+    def ask(self, exp: Experiment, prompt: "Prompt", stop: threading.Event,
             say: Callable[[str], None]) -> str:
         """Return the reply to a prompt, however long the API stays away.
 
         Counts the tokens of every answer that was paid for into `exp`. Raises Stop when the server
         refuses for good, or when `stop` is set.
         """
-        for attempt in range(1_000_000):
+        for attempt in itertools.count():
             try:
                 self.choose_model()
                 reply = self.read(self.request(
@@ -669,13 +684,16 @@ class LLM:
                 exp.input_tokens += reply.input_tokens
                 exp.cached_tokens += reply.cached_tokens
                 exp.output_tokens += reply.output_tokens
+                if reply.cut:
+                    write_whole(exp.folder / "reply-cut.md", reply.text)
                 if reply.cut or not reply.text.strip():
                     raise Retry("a reply cut by the length limit" if reply.cut else "empty reply")
                 self.trouble = ""
-                return reply.text
+                return reply.text.encode("utf-8", "replace").decode()
             except Retry as error:
                 self.trouble = str(error)
-                pause = max(error.after, min(300, 2 ** attempt) * random.uniform(0.5, 1.0))
+                pause = max(min(error.after, 3600),
+                            min(300, 2 ** attempt) * random.uniform(0.5, 1.0))
                 say(f"LLM: {error}; again in {pause:.0f} s, and search fills in")
                 if stop.wait(pause):
                     break
@@ -744,17 +762,19 @@ def history_lines(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
-def build_prompt(program: str, machine: str, incumbent: Experiment, rows: list[dict[str, str]],
-                 noise: float, running: list[Experiment], others: int) -> tuple[str, str, str]:
-    """Return (system, stable, now): the parts of a prompt from what changes least to most.
+Prompt = tuple[str, list[str], str]     # from what changes least to what changes most
 
-    The stable part only grows at its end between two keeps. test_bpb is in none of them.
+
+def build_prompt(program: str, machine: str, incumbent: Experiment, rows: list[dict[str, str]],
+                 noise: float, running: list[Experiment], others: int) -> Prompt:
+    """Return (system text, stable parts, what holds at this moment). test_bpb is in none of them.
+
+    Between two keeps the stable parts only get more, one an experiment, until the history folds.
     """
-    stable = "\n".join([
-        f"# The machine\n{machine}\n",
-        f"# The incumbent: experiment {incumbent.number}\n```python\n{incumbent.source}```\n",
-        "# History, oldest first: number, verdict, val_bpb (who): what | gain over the incumbent "
-        "of that time", *history_lines(rows), ""])
+    stable = [f"# The machine\n{machine}\n\n# The incumbent: experiment {incumbent.number}\n"
+              f"```python\n{incumbent.source.rstrip()}\n```\n\n# History, oldest first: number, "
+              f"verdict, val_bpb (who): what | gain over the incumbent of that time\n",
+              *(line + "\n" for line in history_lines(rows))]
     best = statistics.fmean(incumbent.scores) if incumbent.scores else 0.0
     first = WIN * standard_error(1, max(1, len(incumbent.scores)), noise)
     now = [f"\n# Now\nThe incumbent has {best:.4f} over {len(incumbent.scores)} runs; the noise "
@@ -769,17 +789,11 @@ def build_prompt(program: str, machine: str, incumbent: Experiment, rows: list[d
 
 
 def nearest(lines: list[str], wanted: list[str]) -> str:
-    """Return the place in `lines` that is most like `wanted`, to show what would have matched."""
-    size = len(wanted)
-    like = difflib.SequenceMatcher(None, autojunk=False)
-    like.set_seq2("\n".join(wanted))
-
-    def score(at: int) -> float:
-        like.set_seq1("\n".join(lines[at:at + size]))
-        return like.ratio() if like.quick_ratio() > 0.4 else 0.0
-
-    at = max(range(max(1, len(lines) - size + 1)), key=score)
-    return "\n".join(lines[at:at + size])
+    """Return the place in `lines` around the line most like the longest one that is wanted."""
+    longest = max(wanted, key=len)
+    found = difflib.get_close_matches(longest, lines, n=1, cutoff=0)[0]
+    at = max(0, lines.index(found) - wanted.index(longest))
+    return "\n".join(lines[at:at + len(wanted)])
 
 
 BLOCK = re.compile(r"^<{7} SEARCH[ \t]*\n(.*?)^={7}[ \t]*\n(.*?)^>{7} REPLACE", re.M | re.S)
@@ -789,7 +803,7 @@ FENCE = re.compile(r"^```(?:python|py)[ \t]*\n(.*?)^```", re.M | re.S)
 def apply_reply(reply: str, source: str) -> tuple[str, str]:
     """Return (description, new source) of a reply. Raises Unclear; nothing is ever guessed."""
     reply = reply.replace("\r\n", "\n")
-    said = re.search(r"^\W*DESCRIPTION:\W*(.+)$", reply, re.M)
+    said = re.search(r"^[^\w\n]*DESCRIPTION:[^\w\n]*(.+)$", reply, re.M)
     if not said:
         raise Unclear("no line that begins with DESCRIPTION:")
     description = plain(said[1], 120)
@@ -815,7 +829,7 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
     return description, "\n".join(lines)
 
 
-def draft(exp: Experiment, prompt: tuple[str, str, str], base: Experiment, llm: LLM,
+def draft(exp: Experiment, prompt: Prompt, base: Experiment, llm: LLM,
           seen: dict[str, int], stop: threading.Event, say: Callable[[str], None]) -> Experiment:
     """Ask until `exp` has a candidate or its returns are used up; then `exp.problem` says why.
 
@@ -829,7 +843,7 @@ def draft(exp: Experiment, prompt: tuple[str, str, str], base: Experiment, llm: 
             path = exp.reply_path(exp.asks)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path.with_name(path.name.replace("reply", "prompt")),
-                        "\n\n".join([*prompt, *exp.turns]))
+                        "\n\n".join([prompt[0], "".join(prompt[1]), prompt[2], *exp.turns]))
             reply = llm.ask(exp, prompt, stop, say)
             write_whole(path, reply)
         exp.asks += 1
@@ -1172,6 +1186,7 @@ class Lab:
         self.threads: dict[int, threading.Thread] = {}
         self.live: dict[int, str] = {}              # worker -> how far it is
         self.free_since = dict.fromkeys(range(args.workers), time.monotonic())
+        self.false_starts = 0                       # runs in a row that never said they started
         self.begun: set[int] = set()                # experiments begun in this start
         self.last_number = max((int(row["experiment"]) for row in self.rows), default=0)
 
@@ -1194,14 +1209,15 @@ class Lab:
     def recover(self):
         """Take up what the ledger and the folders say, and leave train.py as the incumbent."""
         end_leftovers()
-        path = FOLDERS / "0000" / "conditions.json"
-        self.conditions = json.loads(read(path)) if path.exists() else {}
+        self.conditions = json.loads(read(CONDITIONS)) if CONDITIONS.exists() else {}
         judged = {int(row["experiment"]) for row in self.rows}
-        for folder in sorted(FOLDERS.glob("[0-9]*")):
+        for folder in sorted(path for path in FOLDERS.glob("*") if path.name.isdigit()):
             exp = Experiment.load(int(folder.name))
+            if not exp.source and not exp.unread and not exp.asks:
+                continue        # killed before there was anything to keep: the number is free
             if exp.number in judged:
                 self.seen.setdefault(exp.fingerprint, exp.number)
-            elif exp.unread and self.llm:
+            elif self.llm and (exp.unread or exp.asks and not exp.source):
                 self.ask.append(exp)
             elif exp.number and exp.source and not exp.unread:
                 self.todo.append(exp)
@@ -1210,14 +1226,15 @@ class Lab:
             return self.begin()
         kept = [row for row in self.rows if row["status"] == "keep"][-1]
         best = self.incumbent = Experiment.load(int(kept["experiment"]))
-        if not best.source:                                 # the log alone is enough to go on
-            best.source, best.runs = read(TRAIN), [Run(val_bpb=x) for x in scores_of(kept)]
-            best.fingerprint = fingerprint(best.source)
+        best.source = best.source or read(TRAIN)            # the log alone is enough to go on
+        best.runs = best.runs or [Run(val_bpb=score) for score in scores_of(kept)]
+        best.fingerprint = best.fingerprint or fingerprint(best.source)
         if not TRAIN.exists() or read(TRAIN) in [exp.source for exp in self.todo]:
             write_whole(TRAIN, self.incumbent.source)       # killed in the middle of a keep
         self.notice_edit()
         for exp in [exp for exp in self.todo if exp.runs]:  # measured, but killed before its row
             self.todo.remove(exp)
+            self.begun.add(exp.number)
             self.decide(exp)
 
     def begin(self):
@@ -1241,7 +1258,7 @@ class Lab:
     def notice_edit(self):
         """Make a person's edit of train.py the next candidate, saved before anything else."""
         source = read(TRAIN) if TRAIN.exists() else self.incumbent.source
-        if source == self.incumbent.source:
+        if source == self.incumbent.source or not source.strip():   # empty: being written
             return
         exp = self.new_experiment("human", f"a person's edit of {TRAIN}")
         exp.source = source
@@ -1271,7 +1288,7 @@ class Lab:
     def start_draft(self, exp: Experiment):
         """Have the LLM work on a proposal, while the accelerator trains another."""
         try:
-            program = read(PROGRAM)
+            program = PROGRAM.read_text("utf-8", "replace")
         except OSError as error:
             raise Stop(f"{PROGRAM} cannot be read ({error.strerror}), and it tells the researcher "
                        f"what to do: write one, or git checkout {PROGRAM}") from None
@@ -1309,7 +1326,7 @@ class Lab:
 
         def on_event(kind: str, event: dict, printed: str):
             if kind == "setup":
-                self.check_conditions(event)
+                self.inbox.put(event)       # for check_conditions()
             elif kind == "progress":
                 self.live[worker] = (f"{name} {event['share']:4.0%}  "
                                      f"{event['tokens_per_second']:.0f} tokens/s  {printed}")
@@ -1344,7 +1361,7 @@ class Lab:
                ("data", "sha256", "device", "budget", "seq_len", "vocab_size", "prepare")}
         if not self.conditions:
             self.conditions = now | {"folder": str(self.folder)}
-            write_whole(FOLDERS / "0000" / "conditions.json", json.dumps(self.conditions, indent=1))
+            write_whole(CONDITIONS, json.dumps(self.conditions, indent=1))
         for name, value in now.items():
             if self.conditions[name] != value:
                 raise Stop(f"{LEDGER} was measured with {name} {self.conditions[name]} and this "
@@ -1359,6 +1376,7 @@ class Lab:
         del self.live[worker], self.threads[worker]
         self.free_since[worker] = time.monotonic()
         exp.runs.append(result)
+        self.false_starts = 0 if result.started else self.false_starts + 1
         if not result.reason:
             self.decide(exp)
         elif not exp.number:
@@ -1372,6 +1390,9 @@ class Lab:
             self.out.say(f"#{exp.number} {exp.by} crashed and goes back: {result.reason}")
         else:
             self.record(exp, "crash", result.reason)
+            if self.false_starts == FALSE_STARTS:
+                raise Stop(f"{FALSE_STARTS} runs in a row did not even start, which is no "
+                           f"candidate's fault: {result.reason}")
 
     def decide(self, exp: Experiment):
         """Judge what has been measured of an experiment: record it, or run it again."""
@@ -1481,7 +1502,8 @@ class Lab:
             self.seen[exp.fingerprint] = exp.number
             exp.save()
             return exp
-        if self.rows and self.left > 0 and (not self.llm or self.llm.trouble):
+        knobs = self.llm and self.llm.trouble and find_knobs(self.incumbent.source, self.cuda)
+        if self.rows and self.left > 0 and (not self.llm or knobs):
             exp = search(self.new_experiment("search"), self.incumbent, self.rows, self.cuda,
                          self.seen)
             if exp.problem:
@@ -1520,6 +1542,8 @@ class Lab:
                 raise news
             if isinstance(news, str):
                 self.out.say(news)
+            elif isinstance(news, dict):
+                self.check_conditions(news)
             elif isinstance(news, tuple):
                 self.take_run(*news)
             else:
@@ -1620,6 +1644,8 @@ def night(args: argparse.Namespace):
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")        # an LLM's words may not fit the terminal's code
     args = parse_arguments()
     if args.data and Path(args.data).exists():      # it may be relative to where we were started
         args.data = str(Path(args.data).resolve())

@@ -926,7 +926,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         if not isinstance(error, Invalid):
             traceback.print_exc()
         kind = "" if isinstance(error, Invalid) else f"{type(error).__name__}: "
-        reason = f"{kind}{error}"
+        reason = f"{kind}{error}"[:2000]
         tell("crash", reason=reason)
         print(f"autoresearch: this run is invalid: {reason}", file=sys.stderr, flush=True)
         return 1
@@ -935,7 +935,8 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
 def prepared() -> Path:
     """Return the folder that was prepared last; prepare the default data where there is none."""
     current = CACHE / "current"
-    return CACHE / current.read_text() if current.exists() else prepare_or_fall_back(None)
+    folder = CACHE / current.read_text() if current.exists() else CACHE
+    return folder if (folder / "meta.json").exists() else prepare_or_fall_back(None)
 
 
 def by_hand(path: str):
