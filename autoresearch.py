@@ -1333,13 +1333,11 @@ class Lab:
             elif kind == "evaluation":
                 self.live[worker] = f"{name} evaluating"
 
-        def work() -> tuple[int, Run]:
+        def work() -> tuple[int, int, Run]:
             result = run(command, exp.folder / f"run-{k}.log", key, self.environment(worker),
                          bool(launch), self.stop, on_event)
             result.waited_seconds, result.fingerprint = waited, exp.fingerprint
-            if result.reason != "stopped":
-                write_whole(exp.folder / f"run-{k}.json", json.dumps(dataclasses.asdict(result)))
-            return worker, result
+            return worker, k, result
 
         self.threads[worker] = self.start(work)
 
@@ -1370,9 +1368,10 @@ class Lab:
 
     # Deciding
 
-    def take_run(self, worker: int, result: Run):
+    def take_run(self, worker: int, k: int, result: Run):
         """A run has ended: decide, or have a crash mended by the LLM that caused it."""
         exp = self.running.pop(worker)
+        write_whole(exp.folder / f"run-{k}.json", json.dumps(dataclasses.asdict(result)))
         del self.live[worker], self.threads[worker]
         self.free_since[worker] = time.monotonic()
         exp.runs.append(result)
@@ -1383,7 +1382,7 @@ class Lab:
             raise Stop(f"the baseline does not run: {result.reason}; see {exp.folder}/run-*.log "
                        f"and mend {TRAIN}")
         elif self.llm and exp.by == "llm" and result.started and exp.returns < RETURNS:
-            log = log_end(exp.folder / f"run-{exp.begun - 1}.log")
+            log = log_end(exp.folder / f"run-{k}.log")
             exp.turns = [read(exp.reply_path(exp.asks - 1)), complaint(result.reason, log)]
             exp.returns, exp.runs = exp.returns + 1, []
             self.ask.append(exp)
@@ -1466,8 +1465,9 @@ class Lab:
     # The loop
 
     def drop_hopeless(self):
-        """Record the proposals that never became candidates."""
-        for exp in [exp for exp in self.todo if exp.problem]:
+        """Record the proposals that never became candidates, as far as there may be more."""
+        for exp in [exp for exp in self.todo
+                    if exp.problem and (self.left > 0 or exp.number in self.begun)]:
             self.todo.remove(exp)
             self.begun.add(exp.number)
             self.record(exp, "crash", exp.problem)
