@@ -436,9 +436,9 @@ FAILURES = {
     "HTML": lambda h: h.send(200, "<html>gateway</html>"),
     "half of the JSON": lambda h: h.send(200, '{"choices": [{"mess'),
     "null content": lambda h: h.reply(None),
-    "no choices": lambda h: h.send(200, {"choices": []}),
-    "a cut reply": lambda h: h.reply("DESCR", choices=[{"message": {"content": "DESCR"},
-                                                         "finish_reason": "length"}]),
+    "nothing in it": lambda h: h.send(200, {"choices": [], "content": []}),
+    "a cut reply": lambda h: h.reply("DESCR", stop_reason="max_tokens", choices=[
+        {"message": {"content": "DESCR"}, "finish_reason": "length"}]),
 }
 
 
@@ -452,8 +452,12 @@ def test_search_fills_in_while_the_api_is_away_and_the_llm_goes_on_after(measure
     assert "search" in by[:by.index("llm")]
 
 
+WIRES = pytest.mark.parametrize("wire", ["url", "anthropic_url"])
+
+
+@WIRES
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_passing_failure_is_tried_again(llm, name, monkeypatch, tmp_path):
+def test_a_passing_failure_is_tried_again(llm, name, wire, monkeypatch, tmp_path):
     monkeypatch.setattr(ar.random, "uniform", lambda a, b: 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server, said = llm([FAILURES[name], "fine"]), []
@@ -461,17 +465,19 @@ def test_a_passing_failure_is_tried_again(llm, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     exp.folder.mkdir(parents=True)
     begin = time.monotonic()
-    text = ar.LLM(server.url, None).ask(exp, ("a", ["b"], "c"), ar.threading.Event(), said.append)
+    model = ar.LLM(getattr(server, wire), None)
+    text = model.ask(exp, ("a", ["b"], "c"), ar.threading.Event(), said.append)
     assert text == "fine" and len(said) == 1 and len(server.requests) == 2
     assert name != "429" or time.monotonic() - begin > 1, "Retry-After is honoured"
 
 
 @pytest.mark.parametrize("code, remedy", [(400, "--model"), (401, "API key"), (403, "may not"),
                                           (404, "base URL"), (307, "redirect")])
-def test_a_refusal_ends_the_driver_with_the_servers_words(measured, llm, code, remedy):
+@WIRES
+def test_a_refusal_ends_the_driver_with_the_servers_words(measured, llm, wire, code, remedy):
     server = llm([lambda h: h.send(code, {"error": "no: sk-very-secret"}, Location="http://x.y/")])
-    measured.env["OPENAI_API_KEY"] = "sk-very-secret"
-    output = measured.drive("--base-url", server.url, code=1)
+    measured.env |= {"OPENAI_API_KEY": "sk-very-secret", "ANTHROPIC_API_KEY": "sk-very-secret"}
+    output = measured.drive("--base-url", getattr(server, wire), code=1)
     last = output.splitlines()[-1]
     assert f"HTTP {code}" in last and remedy in last and "sk-very-secret" not in output
     assert len(consistent(measured)) == 1
