@@ -471,9 +471,9 @@ def test_a_passing_failure_is_tried_again(llm, name, wire, monkeypatch, tmp_path
     assert name != "429" or time.monotonic() - begin > 1, "Retry-After is honoured"
 
 
-@pytest.mark.parametrize("code, remedy", [(400, "--model"), (401, "API key"), (403, "may not"),
-                                          (404, "base URL"), (307, "redirect")])
-@WIRES
+@pytest.mark.parametrize("wire, code, remedy", [
+    ("url", 400, "--model"), ("anthropic_url", 401, "API key"), ("url", 403, "may not"),
+    ("anthropic_url", 404, "base URL"), ("url", 307, "redirect")])
 def test_a_refusal_ends_the_driver_with_the_servers_words(measured, llm, wire, code, remedy):
     server = llm([lambda h: h.send(code, {"error": "no: sk-very-secret"}, Location="http://x.y/")])
     measured.env |= {"OPENAI_API_KEY": "sk-very-secret", "ANTHROPIC_API_KEY": "sk-very-secret"}
