@@ -291,10 +291,11 @@ def judge(candidate: list[float], incumbent: list[float], noise: float) -> str:
     No win: discard. A win with fewer than RUNS runs: again, on a fresh seed. Else: keep.
 
     What it buys, for WIN = 1 and RUNS = 2 against an incumbent of 3 runs, with the noise known (it
-    is not yet after the baseline, so early keeps are luckier): of candidates without effect it keeps 10% (16% win the first look alone, 50% would be kept by the greedy rule), of
-    those that are better by 1, 2 and 4 standard deviations 38%, 74% and 99%. Most of what a night
-    tries does not help, so the first number decides how much of what is kept is luck; the price is
-    a second run for those that look good at first.
+    hardly is after the baseline alone, so early keeps are luckier): of candidates without effect it
+    keeps 10% (16% win the first look alone, 50% would be kept by the greedy rule), of those that
+    are better by 1, 2 and 4 standard deviations 38%, 74% and 99%. Most of what a night tries does
+    not help, so the first number decides how much of what is kept is luck; the price is a second
+    run for those that look good at first.
     """
     gain = statistics.fmean(incumbent) - statistics.fmean(candidate)
     if not gain > 0 or gain < WIN * standard_error(len(candidate), len(incumbent), noise):
