@@ -50,7 +50,7 @@ from time import monotonic  # like cross_entropy: bound before a candidate could
 from typing import NoReturn
 
 # On a machine that has something else to do as well, threads that spin while they wait for each
-# other made a run 15 times slower; asleep they cost nothing. To be said before torch is imported.
+# other made a run 15 times slower. Has to be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -210,7 +210,7 @@ def text_files(name: str, paths: list[Path]) -> tuple[str, list[Path], int]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Return all files below a folder but hidden ones, and the folders that cannot be listed."""
+    """Return what is below a folder and not hidden: files, and folders that cannot be listed."""
     found: list[Path] = []
     walk = os.walk(folder, onerror=lambda error: found.append(Path(error.filename)))
     found += [Path(root, name) for root, _, names in walk for name in names]
@@ -218,9 +218,13 @@ def files_in(folder: Path) -> list[Path]:
                   if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def fetch(url: str, part: Path):
     """Add to `part` what it lacks of `url`. Raises requests.RequestException; what came is kept."""
-    have = max(part.stat().st_size - 1, 0) if part.exists() else 0
+    have = max(size_of(part) - 1, 0)
     with requests.get(url, stream=True, timeout=30, headers={
             "Range": f"bytes={have}-",      # the last byte once more, so that some is always left
             "Accept-Encoding": "identity"}) as answer:
@@ -252,13 +256,12 @@ def download(url: str, path: Path) -> Path:
     part, failures = path.with_name(path.name + ".part"), 0
     with locked(path.parent):
         while not path.exists():
-            before = part.stat().st_size if part.exists() else 0
+            before = size_of(part)
             try:
                 fetch(url, part)
                 part.replace(path)
             except requests.RequestException as error:
-                grew = part.exists() and part.stat().st_size > before
-                failures = 1 if grew else failures + 1
+                failures = 1 if size_of(part) > before else failures + 1
                 refused = getattr(error.response, "status_code", 0) in (401, 403, 404)
                 if refused or failures == TRIES:
                     raise
@@ -275,6 +278,7 @@ def source(data: str) -> tuple[str, list[Path], int, Callable[[Path], Iterator[s
     """
     hub, downloads = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", CACHE / "downloads"
     path, c4 = Path(data).expanduser(), re.fullmatch(r"c4(?::(\d+))?", data)
+    shards = int(c4[1] or C4_SHARDS) if c4 else 0
     if data == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         other = {"site-packages", "dist-packages", "test", "tests", "idle_test",    # not everywhere
@@ -286,12 +290,12 @@ def source(data: str) -> tuple[str, list[Path], int, Callable[[Path], Iterator[s
         url = f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{name}"
         file = download(url, downloads / name)
         return data, [file], file.stat().st_size, text_pieces
-    if c4 and 1 <= int(c4[1] or C4_SHARDS) <= 1024:
-        names = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(int(c4[1] or C4_SHARDS))]
+    if 1 <= shards <= 1024:
+        names = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)]
         url = f"{hub}/datasets/allenai/c4/resolve/main/en"
         files = [download(f"{url}/{name}", downloads / name) for name in names]
         size = int(2.4 * sum(file.stat().st_size for file in files))    # as C4 compresses
-        return f"c4-{len(files)}", files, size, json_texts
+        return f"c4-{shards}", files, size, json_texts
     if path.exists():
         paths = files_in(path) if path.is_dir() else [path]
         return *text_files(re.sub(r"\W+", "-", path.resolve().name)[:40], paths), text_pieces
@@ -305,7 +309,7 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
     Near-empty documents and exact duplicates are dropped. A document goes to the split that is
     furthest behind its share, so that val and test have the size they should have and come from all
     over the text; of a folder of many files the pieces of each stay together, since a file repeats
-    itself. All that stays in memory is 8 bytes of hash a document: 100 bytes in a Python set, some
+    itself. All that stays in memory is a hash of each document: 100 bytes in a Python set, some
     35 MB a shard of C4.
     """
     seen, size = set(), dict.fromkeys(SPLITS, 0)
@@ -352,7 +356,7 @@ class Tokenizer:
         for left, right in self.rank:
             self.bytes.append(self.bytes[left] + self.bytes[right])
         self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
-        self.known = functools.lru_cache(KNOWN)(self.merge)     # dict of word -> tokens
+        self.known = functools.lru_cache(KNOWN)(self.merge)     # merge(), with a memory
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`. It is fast since words repeat: only new ones are merged."""
@@ -403,11 +407,11 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
     >>> learn_merges(["hi, hi"], 1)
     [(104, 105)]
     """
-    counter, read = collections.Counter(), 0
+    counter, characters = collections.Counter(), 0
     for text in texts:
         counter.update(re.findall(WORD, text))
-        read += len(text)
-        if read > SAMPLE:
+        characters += len(text)
+        if characters > SAMPLE:
             break
     common = counter.most_common(COMMON)
     words = [list(word.encode("utf-8", "surrogatepass")) for word, _ in common]
@@ -422,11 +426,11 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < count:
-        n, pair = heapq.heappop(heap)
-        if -n != counts[pair]:
+        negative, pair = heapq.heappop(heap)
+        if -negative != counts[pair]:
             heapq.heappush(heap, (-counts[pair], pair))
             continue
-        if -n < 2:
+        if -negative < 2:
             break
         token, fresh = 256 + len(merges), set()
         merges.append(pair)
@@ -548,7 +552,7 @@ def make(folder: Path, name: str, files: list[Path], size: int, reader: Callable
 
 def prepare(data: str) -> Path:
     """Make `data` ready, unless it is, and return its folder."""
-    begin = time.monotonic()
+    start = time.monotonic()
     name, files, size, reader = source(data)
     folder = CACHE / f"{name}-v{VOCAB_SIZE}"
     with locked(folder):
@@ -563,7 +567,7 @@ def prepare(data: str) -> Path:
     write_whole(CACHE / "current", folder.name)
     print(f"{name}: {meta['text_mb']} MB in {meta['documents']} documents, "
           f"{meta['train_tokens'] / 1e6:.2f}M tokens to train on, {meta['bytes_per_token']} bytes "
-          f"per token; ready in {time.monotonic() - begin:.1f} s", flush=True)
+          f"per token; ready in {time.monotonic() - start:.1f} s", flush=True)
     return folder
 
 
@@ -590,11 +594,15 @@ def prepare_or_fall_back(data: str | None) -> Path:
 
 
 class Clock:
-    """What a run may use, and what it has used. Monotonic: a clock that is set changes nothing."""
+    """What a run may use, and what it has used. Monotonic: a clock that is set changes nothing.
+
+    tell(event, limit=s, ...) sends the driver a line; with a limit, the driver ends the run if its
+    next phase does not begin within s seconds.
+    """
 
     def __init__(self, tokens: np.ndarray, seed: int, budget: float, tell: Callable):
         self.tokens, self.budget, self.tell = tokens, budget, tell
-        self.order = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
         self.start: float | None = None
         self.steps = self.seen = 0              # batches and tokens handed out
 
@@ -617,11 +625,20 @@ def synchronize():
         torch.mps.synchronize()
 
 
-def _windows(tokens: np.ndarray, length: int, order: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield windows of length + 1 tokens forever: each epoch all of them, at a new offset."""
+GOLDEN_RATIO = (1 + 5 ** 0.5) / 2   # of all numbers the one that spreads best (Weyl sequences)
+
+
+def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield windows of length + 1 tokens forever: each epoch all of them, at a new offset.
+
+    Multiples of an irrational number, modulo 1, are spread evenly however many there are. In their
+    order a run that ends within an epoch has seen all parts of the text alike, whatever its seed:
+    shuffled, what it happened to see was the larger part of the noise between seeds.
+    """
     while True:
-        offset = order.integers(length)
-        for i in order.permutation((len(tokens) - 1 - offset) // length):
+        offset = rng.integers(length)
+        count = (len(tokens) - 1 - offset) // length
+        for i in np.argsort((np.arange(count) * GOLDEN_RATIO + rng.random()) % 1):
             yield tokens[offset + i * length:offset + (i + 1) * length + 1]
 
 
@@ -635,11 +652,11 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN
     is left. No batch is handed out for which the time of the last step is no longer left.
     Raises ValueError when there are no windows of seq_len + 1 tokens.
     """
-    clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.order)
+    clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.rng)
     if not 0 < seq_len < len(clock.tokens) // 2:
         raise ValueError(f"seq_len {seq_len}: there are {len(clock.tokens)} tokens to train on")
     ahead = collections.deque()     # marks in the CUDA stream, one per step the GPU may be at
-    told = begin = -math.inf
+    told, last = -math.inf, math.inf    # when progress was told, and the last batch handed out
     while True:
         batch = np.stack(list(itertools.islice(windows, batch_size))).astype(np.int64)
         pinned = torch.from_numpy(batch).pin_memory() if CUDA else torch.from_numpy(batch)
@@ -649,15 +666,15 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN
             ahead[-1].record()
             if len(ahead) > 1:
                 ahead.popleft().synchronize()
-        elif DEVICE == "mps":
-            torch.mps.synchronize()
+        else:
+            synchronize()
         if clock.start is None:
             synchronize()
             clock.tell("training", limit=clock.overtime() + 10)
             clock.start = monotonic()
         now = clock.elapsed()
-        step, begin = (now - begin if begin >= 0 else 0.0), now
-        if now + step * (2 if CUDA else 1) >= clock.budget:
+        step, last = max(0.0, now - last), now      # 0 before the first
+        if now + step * (2 if CUDA else 1) >= clock.budget:     # a GPU is still at the last one
             break
         if now - told >= 1:
             told = now
@@ -691,13 +708,14 @@ def token_nats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor,
     if not torch.isfinite(logits).all():
         raise Invalid("logits that are not finite")
     logits = logits.float()
-    nats = cross_entropy(logits.flatten(0, 1), y.flatten().to(DEVICE), reduction="none").cpu()
+    nats = cross_entropy(logits.flatten(0, 1), y.flatten().to(DEVICE), reduction="none")
+    nats = nats.cpu().view(y.shape)
     i, t = (int(rng.integers(size)) for size in x.shape)    # a token by hand: is torch still torch?
     row, top = logits[i, t].tolist(), logits[i, t].max().item()
     nat = math.log(sum(math.exp(logit - top) for logit in row)) + top - row[y[i, t]]
-    if not math.isclose(nat, nats.view(y.shape)[i, t], rel_tol=1e-4, abs_tol=1e-3):  # float32: 1e-6
+    if not math.isclose(nat, nats[i, t], rel_tol=1e-4, abs_tol=1e-3):  # float32: 1e-6
         raise Invalid("torch no longer computes cross_entropy: something has replaced part of it")
-    return nats.view(y.shape)
+    return nats
 
 
 def splice(x: torch.Tensor, other: torch.Tensor, rng: np.random.Generator):
@@ -723,21 +741,21 @@ def splice(x: torch.Tensor, other: torch.Tensor, rng: np.random.Generator):
 # sums go in another order in other company (experts, atomics), a bf16 logit of 4, in steps of 1/32,
 # is off by 0.01, and by up to 1 in the few tokens whose near-tie is routed elsewhere. Rounding has
 # no direction, and what is gained by seeing too much has one.
-BIAS = 0.002        # nats, the mean of any size of sample: 0.001 bpb, a fifth of the noise of seeds
+BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below the noise of seeds
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
 SPREAD = 0.02       # nats, the mean size everywhere, the median at the cuts: twice that of bf16
 LARGEST = 1.0       # nats, what one token counts at most: two or three near-ties are no leak
 
 
-def verdict(found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]):
+def refuse_leaks(found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]):
     """Raise Invalid if predictions changed by more than rounding.
 
     found, for every probe: how its (B, T) nats changed; which of them had to stay; where those end
     (the last token before the text goes on differently: whoever sees one token ahead loses all of
-    it there, and nothing elsewhere); did the probe come after the batch that it was made of?
+    it there, and nothing elsewhere); did the probe come later than the batch it was made of?
     """
     anywhere = torch.cat([change[kept] for change, kept, _, _ in found])
-    later = torch.cat([change[kept] * (1 if after else -1) for change, kept, _, after in found])
+    later = torch.cat([change[kept] * (1 if late else -1) for change, kept, _, late in found])
     at_cut = torch.cat([change[last] for change, _, last, _ in found])
     sigma = anywhere.square().mean().sqrt().item()
     spread = max(anywhere.abs().mean().item(), at_cut.abs().median().item())
@@ -776,8 +794,8 @@ def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.
                 .view(count, EVAL_ROWS, SEQ_LEN) for i in (0, 1))
         todo |= {(split, b): (x[b], y[b]) for b in range(count)}
     keys = list(todo)
-    first, *probed = rng.permutation(len(keys))[:max(1, round(PROBE_SHARE * len(keys)) - 1)]
-    middle = [(key, False) for key in keys] + [(keys[i], True) for i in probed]
+    first, *others = rng.permutation(len(keys))[:max(1, round(PROBE_SHARE * len(keys)) - 1)]
+    middle = [(key, False) for key in keys] + [(keys[i], True) for i in others]
     calls = [(keys[first], True), *(middle[i] for i in rng.permutation(len(middle))), (None, True)]
 
     nats: dict[tuple[str, int], torch.Tensor] = {}
@@ -790,9 +808,12 @@ def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.
             probes.append((key, token_nats(model, probe, y[order], rng), order, cuts, key in nats))
         else:
             nats[key] = token_nats(model, x, y, rng)
-    left = [cuts[:, None] - torch.arange(SEQ_LEN) for *_, cuts, _ in probes]    # to keep from t on
-    verdict([((after - nats[key][order]).double().clamp(-LARGEST, LARGEST), n > 0, n == 1, late)
-             for n, (key, after, order, _, late) in zip(left, probes)])
+    found = []
+    for key, probed, order, cuts, late in probes:
+        change = (probed - nats[key][order]).double().clamp(-LARGEST, LARGEST)
+        left = cuts[:, None] - torch.arange(SEQ_LEN)    # predictions that have to stay, from t on
+        found.append((change, left > 0, left == 1, late))
+    refuse_leaks(found)
     if weights(model) != before:
         raise Invalid("the model's weights changed during evaluation: nothing trains after train()")
 
@@ -805,16 +826,16 @@ def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module, folder: Path, count: int = min(64, SEQ_LEN // 2)) -> str:
+def sample(model: torch.nn.Module, folder: Path, count: int = 64) -> str:
     """Return how the model goes on with the beginning of val, drawn at temperature 0.8."""
     tokenizer = Tokenizer(json.loads((folder / "tokenizer.json").read_text()))
-    tokens, begin = torch.full((1, SEQ_LEN), END), min(24, SEQ_LEN // 2)
-    text = np.fromfile(folder / "val.bin", np.uint16, begin)
-    tokens[0, :begin] = torch.from_numpy(text.astype(np.int64))
-    for at in range(begin, begin + count):  # always a whole window: what is behind cannot matter
+    tokens, given = torch.full((1, SEQ_LEN), END), 24
+    text = np.fromfile(folder / "val.bin", np.uint16, given)
+    tokens[0, :given] = torch.from_numpy(text.astype(np.int64))
+    for at in range(given, given + count):  # always a whole window: what is behind cannot matter
         logits = model(tokens.to(DEVICE))[0, at - 1].float().cpu()
         tokens[0, at] = torch.multinomial(torch.softmax(logits / 0.8, 0), 1)
-    return tokenizer.decode(tokens[0, :begin + count].tolist())
+    return tokenizer.decode(tokens[0, :given + count].tolist())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -903,8 +924,9 @@ def process_start() -> float:
 def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
     """Measure a train.py and return the exit code. What counts goes out on lines with `key` first.
 
-    `key` is a secret of this run, on the command line since that passes through every launcher. It
-    is gone from there before the candidate is imported, so what that prints is never believed.
+    `key` is a secret of this run, on the command line since that passes through every launcher.
+    sys.argv loses it before the candidate is imported, so what that prints is never believed; `ps`
+    still shows it, by which the driver finds runs that it left behind.
     """
     out = os.fdopen(os.dup(1), "w", buffering=1)
 
@@ -922,14 +944,14 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         if not key:     # for a person; the driver's runs have no use for it
             print(f"sample:           {sample(model, folder)[:240]!r}")
         return 0
+    except Invalid as error:
+        reason = str(error)[:2000]
     except BaseException as error:      # SystemExit from the candidate is no way out either
-        if not isinstance(error, Invalid):
-            traceback.print_exc()
-        kind = "" if isinstance(error, Invalid) else f"{type(error).__name__}: "
-        reason = f"{kind}{error}"[:2000]
-        tell("crash", reason=reason)
-        print(f"autoresearch: this run is invalid: {reason}", file=sys.stderr, flush=True)
-        return 1
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"[:2000]
+    tell("crash", reason=reason)
+    print(f"autoresearch: this run is invalid: {reason}", file=sys.stderr, flush=True)
+    return 1
 
 
 def prepared() -> Path:

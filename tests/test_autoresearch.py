@@ -118,7 +118,7 @@ REFUSED = {
 @pytest.mark.parametrize("line", REFUSED)
 def test_the_screen_refuses(line):
     source = TINY.replace("import prepare\n", f"import prepare\nimport numpy as np\n{line}\n", 1)
-    with pytest.raises(ar.Unclear) as refusal:
+    with pytest.raises(ar.Unusable) as refusal:
         ar.screen(source, {})
     assert REFUSED[line] in str(refusal.value)
 
@@ -134,7 +134,7 @@ def test_the_screen_lets_pass(line):
 def test_a_change_of_comments_or_formatting_is_a_duplicate():
     seen = {ar.screen(TINY, {}): 7}
     same = TINY.replace("# channels", "# other words").replace("WIDTH = 16", "WIDTH = (16)")
-    with pytest.raises(ar.Unclear, match="experiment 7"):
+    with pytest.raises(ar.Unusable, match="experiment 7"):
         ar.screen(same.replace("def train():\n", 'def train():\n    """A docstring."""\n'), seen)
     assert ar.screen(TINY.replace("16", "17"), seen)
 
@@ -145,9 +145,9 @@ def test_a_change_of_comments_or_formatting_is_a_duplicate():
 def test_an_edit_has_to_match_once_and_the_nearest_lines_are_shown_if_not():
     assert "WIDTH = 32\n" in ar.apply_reply(edit("WIDTH = 16              # channels   ",
                                                  "WIDTH = 32"), TINY)[1]
-    with pytest.raises(ar.Unclear, match="in no place(.|\n)*LR = 0.02  "):
+    with pytest.raises(ar.Unusable, match="in no place(.|\n)*LR = 0.02  "):
         ar.apply_reply(edit("LR = 0.03               # of each weight", "LR = 1"), TINY)
-    with pytest.raises(ar.Unclear, match=r"in \d+ places, lines"):
+    with pytest.raises(ar.Unusable, match=r"in \d+ places, lines"):
         ar.apply_reply(edit("", "x"), TINY)
 
 
@@ -158,7 +158,7 @@ def test_an_edit_has_to_match_once_and_the_nearest_lines_are_shown_if_not():
     ("DESCRIPTION: x\n<<<<<<< SEARCH\na\n=======\nb\n", "not closed"),
     ("DESCRIPTION: x\n<<<<<<< SEARCH\n=======\nb\n>>>>>>> REPLACE", "the SEARCH is empty")])
 def test_an_unclear_reply_is_never_guessed_at(reply, reason):
-    with pytest.raises(ar.Unclear, match=reason):
+    with pytest.raises(ar.Unusable, match=reason):
         ar.apply_reply(reply, TINY)
 
 
