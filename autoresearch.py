@@ -197,7 +197,7 @@ class Experiment:
     def load(cls, number: int) -> "Experiment":
         """Read an experiment back from its folder, with the runs that were completed."""
         exp = cls(number, "human")
-        if exp.reply_path(0).exists():      # a kill came before proposal.json
+        if exp.reply_path(0).exists():      # and proposal.json, which says so, need not be there
             exp.by = "llm"
         with contextlib.suppress(FileNotFoundError):
             vars(exp).update(json.loads(read(exp.folder / "proposal.json")))
@@ -231,10 +231,11 @@ def parse_row(line: str) -> dict[str, str] | None:
     return row if whole and row["status"] in ("keep", "discard", "crash") else None
 
 
-def read_ledger() -> list[dict[str, str]]:
-    """Return the rows of results.tsv. A last line that a kill has torn is cut off.
+def read_ledger(mend: bool = True) -> list[dict[str, str]]:
+    """Return the rows of results.tsv. A last line that a kill has torn is left out.
 
-    Raises Stop for any other line that is not a row: it may be somebody's work.
+    It is cut off the file as well if we may `mend` it: a driver may still be writing it, unless we
+    have its lock. Raises Stop for any other line that is not a row: it may be somebody's work.
     """
     *lines, last = read(LEDGER).split("\n") if LEDGER.exists() else [""]
     if lines and lines[0] != "\t".join(COLUMNS):
@@ -247,9 +248,10 @@ def read_ledger() -> list[dict[str, str]]:
         if row := lines and parse_row(last):
             rows.append(row)
             lines.append(last)
-        else:
+        elif mend:
             print(f"{LEDGER}: cut off a partly written last line of {len(last)} characters")
-        write_whole(LEDGER, "".join(line + "\n" for line in lines))
+        if mend:
+            write_whole(LEDGER, "".join(line + "\n" for line in lines))
     return rows
 
 
@@ -969,6 +971,8 @@ def search(exp: Experiment, base: Experiment, rows: list[dict[str, str]], cuda: 
             way = sign.get(knob.name, luck.choice((-1, 1))) * (-1 if luck.random() < 0.2 else 1)
             size = step.get(knob.name, 0.5) * luck.uniform(0.5, 1.5) * (1 + attempt / 20)
             new, line = moved(knob.value, way * size), lines[knob.line]
+            if new == knob.value:       # 1 cannot become less
+                continue
             lines[knob.line] = f"{line[:knob.start]}{new!r}{line[knob.end:]}"
             moves.append(f"{knob.name} {knob.value!r} -> {new!r}")
         exp.description, exp.source = ", ".join(moves), "\n".join(lines)
@@ -1260,6 +1264,7 @@ class Lab:
         best.source = best.source or read(TRAIN)            # the log alone is enough to go on
         best.runs = best.runs or [Run(val_bpb=score) for score in scores_of(kept)]
         best.fingerprint = best.fingerprint or fingerprint(best.source)
+        self.seen[best.fingerprint] = best.number
         if not TRAIN.exists() or read(TRAIN) in [exp.source for exp in self.todo]:
             write_whole(TRAIN, self.incumbent.source)       # killed in the middle of a keep
         self.notice_edit()
@@ -1281,7 +1286,7 @@ class Lab:
         if base.fingerprint != mark:
             base = self.incumbent = Experiment(0, "baseline", "baseline", fingerprint=mark)
             self.conditions = {}
-        base.by, base.source = "baseline", source
+        base.by, base.source, self.seen[mark] = "baseline", source, 0
         base.save()
         self.todo[:0] = [base] * (BASELINE_RUNS - len(base.runs))
         self.decide(base)
@@ -1510,6 +1515,14 @@ class Lab:
             self.counted.add(exp.number)
             self.record(exp, "crash", exp.problem)
 
+    def rebase(self, exp: Experiment):
+        """Make a reply's edits to the incumbent of now, not of then. Raises Unusable."""
+        reply = read(exp.reply_path(exp.replies - 1))
+        if not BLOCK.search(reply):
+            raise Unusable("a whole file, written before the incumbent changed")
+        exp.description, exp.source = apply_reply(reply, self.incumbent.source)
+        exp.base = self.incumbent.number
+
     def next_candidate(self) -> Experiment | None:
         """Return what to run next, if there is anything; search fills in where no LLM answers."""
         if self.rows:
@@ -1523,11 +1536,7 @@ class Lab:
                 return exp
             try:
                 if exp.by == "llm" and self.llm and exp.base != self.incumbent.number:
-                    reply = read(exp.reply_path(exp.replies - 1))
-                    if not BLOCK.search(reply):
-                        raise Unusable("a whole file, written before the incumbent changed")
-                    exp.description, exp.source = apply_reply(reply, self.incumbent.source)
-                    exp.base = self.incumbent.number
+                    self.rebase(exp)
                 exp.fingerprint = screen(exp.source, self.seen)
             except Unusable as error:
                 if exp.by == "llm" and self.llm:    # written for another incumbent: ask afresh
@@ -1614,28 +1623,26 @@ def banner(lab: Lab) -> str:
             f"{lab.args.workers} at a time\nresults     {LEDGER} ({state}), {PLOT}, {RUNS_DIR}/")
 
 
-def positive(kind: type) -> Callable:
+def number(kind: type, least: float) -> Callable:
+    """Return what turns a flag's text into an int or a float of at least `least`."""
     def parse(text: str):
-        value = kind(text)
-        if not (value > 0 and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) < math.inf:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {least} up")
     return parse
 
 
 def parse_arguments() -> argparse.Namespace:
-    def whole(text: str) -> int:
-        if int(text) < 0:
-            raise argparse.ArgumentTypeError(f"{text} is below 0")
-        return int(text)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--experiments", type=whole, metavar="N", help="stop after N (default: go on; 0: summary)")
-    add("--budget", type=positive(float), metavar="SECONDS", help="training time of a run")
+    add("--experiments", type=number(int, 0), metavar="N",
+        help="stop after N (default: go on; 0: summary)")
+    add("--budget", type=number(float, 0.1), metavar="SECONDS", help="training time of a run")
     add("--researcher", choices=("llm", "search"), help="default: llm if one is configured")
     add("--model", help="the LLM's name")
     add("--base-url", metavar="URL", help="of an OpenAI-compatible or Anthropic endpoint")
-    add("--workers", type=positive(int), default=1, metavar="N", help="experiments at a time (1)")
+    add("--workers", type=number(int, 1), default=1, metavar="N", help="experiments at a time (1)")
     add("--launch", default="", metavar="PREFIX", help="put before each run's command, as srun is")
     add("--data", metavar="NAME|PATH", help="stdlib, tinystories, c4[:SHARDS], a file or folder")
     parser.error = lambda message: parser.exit(
@@ -1686,7 +1693,7 @@ def main() -> int:
             signal.signal(sign, interrupt)
     try:
         if args.experiments == 0:
-            rows = read_ledger()
+            rows = read_ledger(mend=False)
             print(summary(rows, pooled_noise([scores_of(row) for row in rows])))
         else:
             night(args)

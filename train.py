@@ -8,6 +8,7 @@ before the first one, return right after the last. A row's logits at t may depen
 tokens[:t + 1] alone.
 """
 
+import math
 import time
 
 import torch
@@ -47,7 +48,10 @@ CHANNELS = HEADS * 2 * max(1, round(HEAD_DIM / 2))
 LENGTH = min(TRAIN_LEN, prepare.SEQ_LEN)
 SPARSE = prepare.DEVICE == "cpu"        # update only the table rows in use; a GPU updates all
 # bfloat16 is 2.5 times as fast where a CPU has it in hardware, and slower where it does not
-BF16 = CUDA or prepare.DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()
+BF16 = (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
+        prepare.DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())
+MEMORY = torch.cuda.get_device_properties(0).total_memory if CUDA else 2 ** 36
+PART_TOKENS = 2 ** int(math.log2(MEMORY / 600e3))   # in memory at once; a token takes some 300 kB
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -147,7 +151,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
 
 def take_step(loss_of, optimizers, x: torch.Tensor, y: torch.Tensor, rate: float) -> torch.Tensor:
     """Take one step at `rate` times the peak learning rates; return the loss of its last part."""
-    rows = max(1, 2 ** 17 // x.size(1))     # in memory at once: 131k tokens
+    rows = max(1, PART_TOKENS // x.size(1))
     for part, targets in zip(x.split(rows), y.split(rows)):
         loss = loss_of(part, targets)
         (loss * len(part) / len(x)).backward()

@@ -190,6 +190,7 @@ def test_search_never_proposes_the_same_program_twice(tmp_path, monkeypatch):
     for number in range(1, 150):
         exp = ar.search(ar.Experiment(number, "search"), base, rows, False, seen)
         assert not exp.problem and exp.fingerprint not in seen
+        assert all(old != new for _, old, new in ar.MOVE.findall(exp.description))
         seen[exp.fingerprint] = number
         rows.append({"by": "search", "description": exp.description, "reason": "-0.1 (-1 noise)"})
 
@@ -220,15 +221,18 @@ def test_the_history_only_grows_and_300_experiments_of_it_still_fit():
     assert "7.770777" not in texts[-1]
 
 
-def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(measured):
+def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(measured, monkeypatch, capsys):
+    monkeypatch.chdir(measured.folder)
     ledger = measured.folder / "results.tsv"
     whole = ledger.read_text()
-    ledger.write_text(whole + whole.splitlines()[1][:-3])
-    assert "cut off a partly written last line" in measured.drive("--experiments", 0)
-    assert ledger.read_text() == whole
+    torn = whole + whole.splitlines()[1][:-3]
+    ledger.write_text(torn)
+    assert "baseline" in measured.drive("--experiments", 0)
+    assert ledger.read_text() == torn, "the summary alone changes nothing: a driver may be at work"
+    assert len(ar.read_ledger()) == 1 and ledger.read_text() == whole
+    assert "cut off a partly written last line" in capsys.readouterr().out
     ledger.write_text(whole.rstrip("\n"))
-    measured.drive("--experiments", 0)
-    assert ledger.read_text() == whole, "a whole last line only lacked its end"
+    assert len(ar.read_ledger()) == 1 and ledger.read_text() == whole, "only its end was missing"
     ledger.write_text(whole + "what is this\n" + whole.splitlines(True)[1])
     assert "results.tsv line 3 is not a row" in measured.drive("--experiments", 0, code=1)
     assert "what is this" in ledger.read_text()
@@ -509,8 +513,8 @@ def test_an_edit_made_while_it_runs_is_the_next_candidate(measured):
 
 @pytest.mark.parametrize("flags, said", [
     (["--nonsense"], "unrecognized arguments: --nonsense"),
-    (["--budget", "0"], "0 is not above 0"), (["--budget", "x"], "invalid"),
-    (["--experiments", "-1"], "below 0"), (["--workers", "0"], "0 is not above 0"),
+    (["--budget", "0"], "0 is no float from 0.1 up"), (["--budget", "x"], "x is no"),
+    (["--experiments", "-1"], "-1 is no int"), (["--workers", "0"], "0 is no int from 1"),
     (["--researcher", "llm"], "needs ANTHROPIC_API_KEY"), (["--data", "/nowhere"], "/nowhere")])
 def test_bad_flags_get_one_clear_line(lab, flags, said):
     process = subprocess.run([sys.executable, "autoresearch.py", *flags], cwd=lab.folder,
