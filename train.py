@@ -50,8 +50,10 @@ SPARSE = prepare.DEVICE == "cpu"        # update only the table rows in use; a G
 # bfloat16 is 2.5 times as fast where a CPU has it in hardware, and slower where it does not
 BF16 = (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
         prepare.DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())
-MEMORY = torch.cuda.get_device_properties(0).total_memory if CUDA else 2 ** 36
-PART_TOKENS = 2 ** int(math.log2(MEMORY / 600e3))   # in memory at once; a token takes some 300 kB
+# tokens in memory at once, at most: what a token's activations and logits take fills half of it
+TOKEN_BYTES = (40 * DEPTH * CHANNELS + 8 * prepare.VOCAB_SIZE) * (1 if BF16 else 2)
+MEMORY = torch.cuda.get_device_properties(0).total_memory if CUDA else 2 ** 34
+PART_TOKENS = 2 ** max(0, int(math.log2(MEMORY / 2 / TOKEN_BYTES)))
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +141,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         torch.optim.AdamW([{"params": embeddings, "lr": EMBED_LR},
                            {"params": [model.head.weight], "lr": HEAD_LR},
                            {"params": [model.mix], "lr": SCALAR_LR}],
-                          betas=(BETA1, BETA2), weight_decay=0, fused=True)]
+                          betas=(BETA1, BETA2), eps=1e-10, weight_decay=0, fused=True)]
     torch.sparse.check_sparse_tensor_invariants.disable()   # as it is anyway; unsaid, it warns
     if NGRAMS:
         optimizers.append(torch.optim.Adagrad(model.tables.parameters(), lr=TABLE_LR))
@@ -176,13 +178,13 @@ def train() -> nn.Module:
         x = torch.randint(prepare.VOCAB_SIZE, (rows, LENGTH + 1), device=prepare.DEVICE)
         take_step(loss_of, optimizers, x[:, :-1], x[:, 1:], 0.0)
         optimizers = make_optimizers(model)     # without a memory of it
-    printed = time.monotonic()
+    loss, printed = None, time.monotonic()
     for step, (x, y, progress) in enumerate(prepare.batches(rows, LENGTH)):
-        rate = max(FINAL_LR, min(1, (1 - progress) / WARMDOWN))
-        loss = take_step(loss_of, optimizers, x, y, rate)
-        if time.monotonic() - printed > 2:      # seldom: reading the loss waits for the GPU
+        if step and time.monotonic() - printed > 2:     # seldom: it waits for the step before
             printed = time.monotonic()
             print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
+        rate = max(FINAL_LR, min(1, (1 - progress) / WARMDOWN))
+        loss = take_step(loss_of, optimizers, x, y, rate)
     return model
 
 
