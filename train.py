@@ -21,15 +21,15 @@ CUDA = prepare.DEVICE == "cuda"
 
 # Model
 DEPTH = 9 if CUDA else 1                # layers
-WIDTH = 512 if CUDA else 64             # channels of the residual stream, rounded to whole heads
-HEAD_DIM = 128 if CUDA else 64          # channels of an attention head
+WIDTH = 512 if CUDA else 128            # channels of the residual stream, rounded to whole heads
+HEAD_DIM = 128                          # channels of an attention head
 MLP_RATIO = 4                           # hidden channels of the MLP, as a multiple of the width
 ROPE_BASE = 200000 if CUDA else 10000   # the longest wavelength is 2 pi times this, in tokens
 SOFTCAP = 15 if CUDA else 0             # logits stay within +-this; 0: no cap, a tenth less time
 NGRAMS = 2                              # hashed tables: of the last 2 tokens, of the last 3, ...
 TABLE_ROWS = 2 ** 17                    # rows of each
 # Optimizer
-BATCH_TOKENS = 2 ** 18 if CUDA else 2 ** 11     # tokens in a step
+BATCH_TOKENS = 2 ** 18 if CUDA else 2 ** 12     # tokens in a step
 TRAIN_LEN = 2048 if CUDA else 128       # tokens in a window of training, at most SEQ_LEN
 MATRIX_LR = 0.04 if CUDA else 0.02      # Muon: matrices of the layers
 MUON_STEPS = 5 if CUDA else 3           # Muon: steps of Newton-Schulz; 3 save 6% of the time
@@ -50,10 +50,6 @@ SPARSE = prepare.DEVICE == "cpu"        # update only the table rows in use; a G
 # bfloat16 is 2.5 times as fast where a CPU has it in hardware, and slower where it does not
 BF16 = (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
         prepare.DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())
-# tokens in memory at once, at most: what a token's activations and logits take fills half of it
-TOKEN_BYTES = (40 * DEPTH * CHANNELS + 8 * prepare.VOCAB_SIZE) * (1 if BF16 else 2)
-MEMORY = torch.cuda.get_device_properties(0).total_memory if CUDA else 2 ** 34
-PART_TOKENS = 2 ** max(0, int(math.log2(MEMORY / 2 / TOKEN_BYTES)))
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -151,9 +147,16 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
+def tokens_at_once() -> int:
+    """Return for how many tokens the activations and logits fill at most half of the memory."""
+    memory = torch.cuda.get_device_properties(0).total_memory if CUDA else 2 ** 34
+    bytes_of_one = (40 * DEPTH * CHANNELS + 8 * prepare.VOCAB_SIZE) * (1 if BF16 else 2)
+    return 2 ** int(math.log2(memory / 2 / bytes_of_one))
+
+
 def take_step(loss_of, optimizers, x: torch.Tensor, y: torch.Tensor, rate: float) -> torch.Tensor:
     """Take one step at `rate` times the peak learning rates; return the loss of its last part."""
-    rows = max(1, PART_TOKENS // x.size(1))
+    rows = max(1, tokens_at_once() // x.size(1))
     for part, targets in zip(x.split(rows), y.split(rows)):
         loss = loss_of(part, targets)
         (loss * len(part) / len(x)).backward()
