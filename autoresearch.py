@@ -1157,11 +1157,12 @@ def summary(rows: list[dict[str, str]], noise: float) -> str:
     kept = [row for row in rows if row["status"] == "keep"]
     first, best = kept[0], kept[-1]
     a, b = scores_of(first), scores_of(best)
-    gain = statistics.fmean(a) - statistics.fmean(b)
-    error = standard_error(len(a), len(b), noise) if best is not first else 0.0
+    gain, error = statistics.fmean(a) - statistics.fmean(b), standard_error(len(a), len(b), noise)
     lines = [f"baseline {statistics.fmean(a):.4f} -> best {statistics.fmean(b):.4f} (experiment "
              f"{best['experiment']}): gain {gain:.4f} +- {error:.4f} (standard error); on test "
-             f"{float(first['test_bpb']):.4f} -> {float(best['test_bpb']):.4f}; noise {noise:.4f}"]
+             f"{float(first['test_bpb']):.4f} -> {float(best['test_bpb']):.4f}; noise {noise:.4f}"
+             if best is not first else
+             f"baseline {statistics.fmean(a):.4f}, nothing better yet; noise {noise:.4f}"]
     count = Counter(row["status"] for row in rows[1:])
     lines.append(f"{len(rows) - 1} experiments: {count['keep']} kept, {count['discard']} "
                  f"discarded, {count['crash']} crashed")
@@ -1356,7 +1357,7 @@ class Lab:
     def start_run(self, exp: Experiment, worker: Worker):
         """Train a candidate once, on a seed that no other run has."""
         k, key = exp.next_run, secrets.token_hex(16)
-        launch = shlex.split(self.args.launch)
+        launch = self.args.launch
         command = [*launch, sys.executable, "prepare.py", "--run", str(exp.folder / "train.py"),
                    "--seed", str(1000 * exp.number + k + 1), "--folder", str(self.data_folder),
                    "--key", key]
@@ -1614,7 +1615,7 @@ def prepare_data(data: str | None) -> Path:
 def banner(lab: Lab) -> str:
     """Return the lines that say what is going on."""
     c, llm = lab.conditions, lab.llm
-    who = f"the LLM {llm.model or ''} at {llm.url}" if llm else \
+    who = f"the LLM {llm.model or '(the first that is offered)'} at {llm.url}" if llm else \
         "search (no LLM: set ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENAI_BASE_URL for one)"
     where = f"{c['device']}, {c['budget']:g} s a run" if c else "known once the baseline runs"
     state = f"{len(lab.rows)} rows, noise {lab.noise:.4f}" if lab.rows else \
@@ -1643,7 +1644,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", help="the LLM's name")
     add("--base-url", metavar="URL", help="of an OpenAI-compatible or Anthropic endpoint")
     add("--workers", type=number(int, 1), default=1, metavar="N", help="experiments at a time (1)")
-    add("--launch", default="", metavar="PREFIX", help="put before each run's command, as srun is")
+    add("--launch", type=shlex.split, default=[], metavar="PREFIX",
+        help="put before each run's command, as srun is")
     add("--data", metavar="NAME|PATH", help="stdlib, tinystories, c4[:SHARDS], a file or folder")
     parser.error = lambda message: parser.exit(
         2, f"autoresearch.py: {message}; --help shows the flags\n")
@@ -1660,6 +1662,8 @@ def night(args: argparse.Namespace):
             raise Stop("another driver works in this folder: stop it, or use a copy") from None
         offered = args.base_url or any(map(os.environ.get, (
             "OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")))
+        if args.launch and not shutil.which(args.launch[0]):
+            raise Stop(f"--launch: there is no program {args.launch[0]} on this machine")
         if args.researcher == "llm" and not offered:
             raise Stop("--researcher llm needs ANTHROPIC_API_KEY, OPENAI_API_KEY or --base-url")
         use_llm = offered and args.researcher != "search"
@@ -1699,6 +1703,7 @@ def main() -> int:
             night(args)
         return 0
     except KeyboardInterrupt as stopped:
+        print("stopped; the same command goes on where it was")
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except Stop as stop:
         message = str(stop)

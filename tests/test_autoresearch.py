@@ -520,7 +520,8 @@ def test_an_edit_made_while_it_runs_is_the_next_candidate(measured):
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--budget", "0"], "0 is no float from 0.1 up"), (["--budget", "x"], "x is no"),
     (["--experiments", "-1"], "-1 is no int"), (["--workers", "0"], "0 is no int from 1"),
-    (["--researcher", "llm"], "needs ANTHROPIC_API_KEY"), (["--data", "/nowhere"], "/nowhere")])
+    (["--researcher", "llm"], "needs ANTHROPIC_API_KEY"), (["--data", "/nowhere"], "/nowhere"),
+    (["--launch", "srunx -N1"], "no program srunx"), (["--launch", "'srun"], "invalid split")])
 def test_bad_flags_get_one_clear_line(lab, flags, said):
     process = subprocess.run([sys.executable, "autoresearch.py", *flags], cwd=lab.folder,
                              env=lab.env, capture_output=True, text=True)
