@@ -556,13 +556,20 @@ def test_a_preparation_killed_at_any_instant_goes_on_where_it_was(hub, c4, tmp_p
               "if __name__ == '__main__': prepare.main()")      # many checkpoints in little text
     command = ["-c", script, "--data", "c4:4"]
     rng, hub.pause = random.Random(), 0.01
+
+    def size(path: Path) -> int:
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            return -1
     part = cache / "downloads" / (Path(SHARD.format(1)).name + ".part")
-    for path, kill in ((part, signal.SIGKILL), (folder / "lock", signal.SIGINT),
-                       (folder / "state.json", signal.SIGKILL)):
+    for path, least, pause, kill in ((part, 2, 0, signal.SIGKILL),
+                                     (folder / "lock", 0, 0.3, signal.SIGINT),
+                                     (folder / "state.json", 2, 0.3, signal.SIGKILL)):
         process = start(cache, *command, hub=hub.url)
-        while process.poll() is None and not (path.exists() and hub.asked):
+        while process.poll() is None and size(path) < least:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0.05, 0.3))
+        time.sleep(rng.uniform(0, pause))
         process.send_signal(kill)
         code, _, err = end(process)
         assert code in (-kill, 0, 1) and ("Traceback" not in err or kill == signal.SIGKILL), err
