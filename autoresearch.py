@@ -329,7 +329,7 @@ NO_SEEDS = set("""
     RandomState Generator PCG64 Philox MT19937 SFC64 SeedSequence fork_rng Random
     SystemRandom""".split())
 NO_FILES = set("""
-    load save savez savez_compressed savetxt loadtxt genfromtxt fromregex memmap fromfile tofile
+    load save savez savez_compressed savetxt loadtxt genfromtxt fromregex memmap fromfile
     from_file open_memmap DataSource hub package multiprocessing distributed cpp_extension
     load_library ctypeslib load_url UntypedStorage rpc serialization lib format f2py os sys io
     builtins inspect gc subprocess pickle onnx datapipes overrides CompilationUnit Formatter
@@ -641,8 +641,7 @@ class LLM:
                    f"{self.REMEDY.get(code, 'check --base-url')}")
 
     def choose_model(self):
-        """Settle on --model, a default of the two providers, or the first that the server offers.
-        """
+        """Settle on --model, a provider's default, or the first model that the server offers."""
         if not self.model and "api.anthropic.com" in self.url:
             self.model = "claude-sonnet-5"
         if not self.model and "api.openai.com" in self.url:
@@ -836,7 +835,7 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
     if not blocks:
         if len(fences) != 1:
             raise Unusable(f"neither SEARCH/REPLACE blocks nor one ```python fence with the whole "
-                          f"file ({len(fences)} fences)")
+                           f"file ({len(fences)} fences)")
         return description, fences[0]
     lines = source.split("\n")
     for search, replace in blocks:
@@ -847,7 +846,7 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
             where = "in no place" if not found else f"in {len(found)} places, lines " + ", ".join(
                 str(i + 1) for i in found)
             raise Unusable(f"this SEARCH matches {where}:\n{search}\nThe nearest lines there are:\n"
-                          + (nearest(bare, wanted) if size else "(the SEARCH is empty)"))
+                           + (nearest(bare, wanted) if size else "(the SEARCH is empty)"))
         lines[found[0]:found[0] + size] = replace.split("\n")[:-1]
     return description, "\n".join(lines)
 
