@@ -1,0 +1,74 @@
+"""What train.py would do on a GPU, as far as a CPU can show it."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import prepare  # noqa: E402
+import train  # noqa: E402
+
+PARAMETERS = 207_000_000    # of the model that CUDA gets: 9 layers of 512 channels, tables of 2^17
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The constants of a GPU that computes in bfloat16."""
+    monkeypatch.setattr(prepare, "VOCAB_SIZE", 8192)
+    for name, value in {"CUDA": True, "DEPTH": 9, "CHANNELS": 512, "BATCH_TOKENS": 2 ** 18,
+                        "DTYPE": torch.bfloat16}.items():
+        monkeypatch.setattr(train, name, value)
+
+
+@pytest.mark.parametrize("gib, tokens", [(8, 2 ** 13), (12, 2 ** 14), (16, 2 ** 14), (24, 2 ** 15),
+                                         (80, 2 ** 17), (141, 2 ** 17), (2, 2 ** 7)])
+def test_activations_get_half_of_what_weights_and_states_leave_free(gpu, gib, tokens):
+    assert train.tokens_at_once(gib * 2 ** 30, PARAMETERS) == tokens
+
+
+def test_float32_takes_half_as_many_tokens_at_once(gpu, monkeypatch):
+    half = train.tokens_at_once(16 * 2 ** 30, PARAMETERS)
+    monkeypatch.setattr(train, "DTYPE", torch.float32)
+    assert train.tokens_at_once(16 * 2 ** 30, PARAMETERS) == half // 2
+
+
+@pytest.mark.parametrize("gib, log2", [(141, 18), (79.1, 18), (48, 17), (39.4, 17), (23.5, 16),
+                                       (15.8, 15), (11.8, 15), (7.8, 14)])
+def test_a_smaller_card_takes_smaller_steps(gpu, gib, log2):
+    assert math.log2(train.step_tokens(gib * 2 ** 30)) == log2
+
+
+def test_a_step_is_as_large_as_the_knob_says_on_a_large_card_and_on_a_cpu(gpu, monkeypatch):
+    monkeypatch.setattr(train, "BATCH_TOKENS", 3 * 2 ** 16)
+    assert train.step_tokens(8.5e10) == 3 * 2 ** 16
+    monkeypatch.setattr(train, "CUDA", False)
+    assert train.step_tokens(2 ** 34) == 3 * 2 ** 16
+
+
+def test_a_step_in_parts_with_a_loss_scale_moves_the_weights_alike(monkeypatch):
+    """Muon, Adam and Adagrad: 6 rows at once, or 2 at a time with gradients 1024 times as large."""
+    for name, value in {"CHANNELS": 32, "HEADS": 2, "TABLE_ROWS": 64}.items():
+        monkeypatch.setattr(train, name, value)
+    x = torch.randint(prepare.VOCAB_SIZE, (6, 17), generator=torch.Generator().manual_seed(0))
+    moved = []
+    for rows, scale in (6, 1), (2, 1024):
+        monkeypatch.setattr(train, "LOSS_SCALE", scale)
+        torch.manual_seed(0)
+        model = train.GPT()
+        optimizers = train.make_optimizers(model)
+
+        def loss_of(x, y, model=model):
+            return train.F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+        before = [p.detach().clone() for p in model.parameters()]
+        for _ in range(3):      # the first step leaves the zero matrices' inputs without a gradient
+            train.take_step(loss_of, optimizers, x[:, :-1], x[:, 1:], 1.0, rows)
+        moved.append([p.detach() - b for p, b in zip(model.parameters(), before)])
+    names = [name for name, _ in model.named_parameters()]
+    for name, one, other in zip(names, *moved):
+        if name == "mix":   # norm() follows it, so that its gradient is rounding alone
+            continue
+        assert one.norm() > 0 and (one - other).norm() < 0.02 * one.norm()
