@@ -5,25 +5,18 @@
     python prepare.py --data tinystories  # children's stories, 2.2 GB
     python prepare.py --data c4:8         # eight shards of web text, 0.8 GB of text each
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
+    python prepare.py --devices           # names of the GPUs, for CUDA_VISIBLE_DEVICES
 
-Nobody edits this file during research: two numbers can be compared because of what stands here.
-
-  1  Scale       the constants, in two settings
-  2  Documents   text from files or over HTTP, cleaned, in a fixed order
-  3  Tokenizer   byte-pair encoding, trained here
-  4  Tokens      documents -> train.bin, val.bin, test.bin
-  5  The clock   batches(): the only way to the training data, and the only budget
-  6  The metric  bits per byte, and the probes that make it worth believing
-  7  One run     import a train.py, train, probe, evaluate, report
-
-What it does not cover: code that is written to attack the machine. A train.py runs with your
-rights; README.md shows the line that puts it into a sandbox.
+Nobody edits this file during research, so two scores can be compared. It does not cover code that
+attacks the machine: a train.py runs with your rights. README.md shows the line for a sandbox.
 """
+# ruff: noqa: E402  (what has to be done before torch is imported stands before it)
 
 import argparse
+import ast
 import collections
-import contextlib
-import fcntl
+import copy
+import errno
 import functools
 import gzip
 import hashlib
@@ -34,23 +27,32 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
-import resource
+import shutil
 import signal
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 import types
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from time import monotonic  # like cross_entropy: bound before a candidate could replace it
-from typing import NoReturn
+from time import monotonic, thread_time  # bound, as cross_entropy is, before a candidate runs
+from typing import IO, NoReturn
 
-# On a machine that has something else to do as well, threads that spin while they wait for each
-# other made a run 15 times slower. Has to be set before torch is imported.
+try:
+    import fcntl
+    import resource
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"prepare.py: {missing}. On Windows, run this inside WSL2") from None
+
+BEGAN = monotonic()     # before the seconds that torch takes to import
+# Threads that spin while they wait made a run on a busy machine 15 times slower. torch reads this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -72,14 +74,14 @@ DEFAULT_DATA = "c4" if CUDA else "stdlib"
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
 EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in each of val and test, or all there is
 MIN_WINDOWS = 64           # below this a score would say little
-PROBE_SHARE = 1 / 8        # probes per batch of evaluation: 1 / 9 of its time
-OVERTIME = 0.02, 1.0       # share of the budget + seconds, for work after the last batch such as
-                           # averaging weights; 2% more training is worth about 0.002 bpb, less than
-                           # the noise
-SETUP_LIMIT = 300          # seconds for start and compilation, before the first batch
-EVAL_LIMIT = 180           # seconds for evaluation
+OVERTIME = 0.02            # share of the budget for work after the last batch, such as averaging
+                           # weights; 2% more training is worth about 0.002 bpb, less than the noise
+ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # seconds of it that a short budget has all the same
+SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
+EVAL_LIMIT = 180 if CUDA else 300               # wall-clock seconds for evaluation
 
 END = VOCAB_SIZE - 1       # the token that ends a document; it stands for no bytes
+LN2 = math.log(2)          # nats in a bit
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 
 
@@ -88,58 +90,37 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"prepare.py: {message}")
 
 
-def write_whole(path: Path, text: str):
-    """Write a file under a temporary name and rename it: it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def sha256(paths: list[Path]) -> str:
-    """Return one fingerprint of the contents of files, and of where each of them ends."""
+    """Return one fingerprint of the contents of files, none of them empty."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        digest.update(b"\xff")      # a byte that UTF-8 never has
+        digest.update(np.memmap(path, mode="r"))    # never in memory as a whole
+        digest.update(b"\xff")      # where a file ends; UTF-8 never has this byte
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it until the block, or this process, ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+def devices() -> list[str]:
+    """Return a name for CUDA_VISIBLE_DEVICES for each CUDA device that torch sees."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if visible is None else visible.split(",")
+    return list(names)[:count]      # CUDA ignores names from the first that it does not know
+
+
+def check_card():
+    """End if torch cannot compute on the GPU; warn if it sees none where one is."""
+    if CUDA:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that is at work in {folder}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-class Progress:
-    """One line of how far, how fast and how long still: redrawn in a terminal, else every 10 s."""
-
-    def __init__(self, what: str, total: int, done: int = 0):
-        self.what, self.total, self.first = what, total, done
-        self.start = self.said = time.monotonic()
-
-    def __call__(self, done: int, last: bool = False):
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self.said < (0.2 if terminal else 10) and not last:
-            return
-        self.said = now
-        rate = (done - self.first) / max(now - self.start, 1e-3)
-        left = max(self.total - done, 0) / max(rate, 1)
-        line = (f"{self.what}: {done / 1e6:.1f} of {self.total / 1e6:.1f} MB, "
-                f"{rate / 1e6:.1f} MB/s, {left:.0f} s left")
-        print(f"\r{line}\033[K" if terminal else line, file=sys.stderr, flush=True,
-              end="" if terminal and not last else "\n")
+            torch.ones(1, device="cuda").item()     # the smallest of kernels
+        except RuntimeError as error:
+            card = torch.cuda.get_device_capability()
+            fail(f"the GPU has capability {card}, torch {torch.__version__} is built for "
+                 f"{torch.cuda.get_arch_list()} ({str(error).splitlines()[0]}): install a torch "
+                 f"built for it, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU")
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ       # on purpose
+    if DEVICE == "cpu" and not hidden and shutil.which("nvidia-smi"):
+        print(f"WARNING: all of this runs on the CPU, since torch {torch.__version__} (CUDA: "
+              f"{torch.version.cuda}) cannot use the NVIDIA GPU. nvidia-smi says which CUDA the "
+              f"driver supports: install a torch for that, or a newer driver", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,9 +128,8 @@ class Progress:
 
 SPLITS = "train", "val", "test"
 PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
-MANY_FILES = 50     # from so many files on, a file is whole in one split
 SHORTEST = 64       # characters: a document with less than this is dropped
-C4_SHARDS = 4       # of the 1024 shards of C4, unless --data c4:N says otherwise
+MANY_FILES = 50     # from so many files on, a file is whole in one split
 TRIES = 5           # downloads that bring nothing, in a row, until one gives up: 8 to 15 seconds
 
 
@@ -157,7 +137,7 @@ def text_pieces(path: Path) -> Iterator[str]:
     """Yield the documents of a text file: what <|endoftext|> separates, in pieces where long."""
     rest = ""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        while chunk := file.read(PIECE) + file.readline(PIECE):
+        while chunk := file.read(PIECE) + file.readline(PIECE):     # up to the end of a line
             *whole, rest = (rest + chunk).split("<|endoftext|>")
             yield from whole
             if len(rest) >= PIECE:
@@ -167,157 +147,101 @@ def text_pieces(path: Path) -> Iterator[str]:
 
 
 def json_texts(path: Path) -> Iterator[str]:
-    """Yield the documents of a gzip file of JSON lines, as C4 comes: {"text": ..., ...}
-
-    Deletes it and raises gzip.BadGzipFile where it is anything else.
-    """
+    """Yield the documents of a gzip file of JSON lines, as C4 comes: {"text": ..., ...}"""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)["text"]
+            yield from (json.loads(line)["text"] for line in lines)
     except (EOFError, KeyError, TypeError, ValueError, zlib.error, gzip.BadGzipFile) as error:
         path.unlink()
         raise gzip.BadGzipFile(f"{path} was corrupt ({error}) and is deleted") from error
 
 
-def why_not_text(path: Path) -> str:
-    """Return "" for a file of UTF-8 text, else what is wrong with it."""
+def is_text(path: Path) -> bool:
     try:
-        if not path.is_file():      # a pipe would never end
-            return "unreadable"
         with path.open(encoding="utf-8") as file:
-            some = file.read(1)
-            while file.read(1 << 20):
-                pass
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except OSError:
-        return "unreadable"
-    return "" if some else "empty"
-
-
-def text_files(name: str, paths: list[Path]) -> tuple[str, list[Path], int]:
-    """Keep what is text, say what is not. Returns (name with a fingerprint, files, bytes)."""
-    why = {path: why_not_text(path) for path in paths}
-    good = [path for path in paths if not why[path]]
-    skipped = collections.Counter(filter(None, why.values()))
-    if skipped:
-        print(f"{name}: skipped {skipped.total()} of {len(paths)} files: "
-              + ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())))
-    if not good:
-        fail(f"no text in {name}: --data PATH takes a file or a folder of UTF-8 text")
-    return f"{name}-{sha256(good)[:8]}", good, sum(path.stat().st_size for path in good)
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Return what is below a folder and not hidden: files, and folders that cannot be listed."""
-    found: list[Path] = []
-    walk = os.walk(folder, onerror=lambda error: found.append(Path(error.filename)))
-    found += [Path(root, name) for root, _, names in walk for name in names]
-    return sorted(path for path in found
-                  if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def fetch(url: str, part: Path):
-    """Add to `part` what it lacks of `url`. Raises requests.RequestException; what came is kept."""
-    have = max(size_of(part) - 1, 0)
-    with requests.get(url, stream=True, timeout=30, headers={
-            "Range": f"bytes={have}-",      # the last byte once more, so that some is always left
-            "Accept-Encoding": "identity"}) as answer:
-        if answer.status_code == 416:       # shorter than what we have: it is another file now
-            part.unlink(missing_ok=True)
-        answer.raise_for_status()
-        if answer.status_code != 206:       # the server sends all of it
-            have = 0
-        total = have + int(answer.headers.get("Content-Length", 0))
-        progress = Progress(part.stem, total, have)
-        with part.open("ab") as file:
-            file.truncate(have)
-            for chunk in answer.iter_content(1 << 16):
-                file.write(chunk)
-                have += len(chunk)
-                progress(have)
-            progress(have, last=True)
-            file.flush()
-            os.fsync(file.fileno())
-    if have < total or not have:
-        raise requests.ConnectionError(f"{url}: {have} of {total} bytes came")
+            return sum(map(len, iter(functools.partial(file.read, 1 << 20), ""))) > 0
+    except (UnicodeDecodeError, OSError):
+        return False
 
 
 def download(url: str, path: Path) -> Path:
-    """Fetch `url` to `path`, unless it is there; go on where an earlier try or process stopped.
-
-    Raises requests.RequestException when the server refuses or TRIES tries in a row bring nothing.
-    """
+    """Fetch `url` to `path`, unless it is there; go on where an earlier try stopped."""
     part, failures = path.with_name(path.name + ".part"), 0
-    with locked(path.parent):
-        while not path.exists():
-            before = size_of(part)
-            try:
-                fetch(url, part)
-                part.replace(path)
-            except requests.RequestException as error:
-                failures = 1 if size_of(part) > before else failures + 1
-                refused = getattr(error.response, "status_code", 0) in (401, 403, 404)
-                if refused or failures == TRIES:
-                    raise
-                pause = 2 ** (failures - 1) * random.uniform(0.5, 1)
-                print(f"{path.name}: {error}; again in {pause:.1f} s", file=sys.stderr)
-                time.sleep(pause)
+    while not path.exists():
+        before = have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+        try:
+            with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+                if answer.status_code != 416:       # else nothing is left to fetch
+                    answer.raise_for_status()
+                    if answer.status_code != 206:   # the server ignores Range and sends all of it
+                        have = 0
+                    total = have + int(answer.headers.get("Content-Length", 0))
+                    print(f"{path.name}: {have / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
+                    with part.open("ab" if have else "wb") as file:
+                        for chunk in answer.iter_content(1 << 16):
+                            have += file.write(chunk)
+                    if have < total or not have:    # not every version of requests raises
+                        raise requests.ConnectionError(f"{have} of {total} bytes came")
+            part.replace(path)
+        except requests.RequestException as error:
+            failures = 1 if have > before else failures + 1     # in a row, without a byte
+            if failures == TRIES or getattr(error.response, "status_code", 0) in (401, 403, 404):
+                raise
+            pause = 2 ** (failures - 1) * random.uniform(0.5, 1)
+            print(f"{path.name}: {error}; again in {pause:.1f} s", file=sys.stderr)
+            time.sleep(pause)
     return path
 
 
-def source(data: str) -> tuple[str, list[Path], int, Callable[[Path], Iterator[str]]]:
-    """Find what `data` names, download what is missing of it.
-
-    Returns (name, files, bytes of text, about; what yields the documents of a file).
-    """
-    hub, downloads = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", CACHE / "downloads"
-    path, c4 = Path(data).expanduser(), re.fullmatch(r"c4(?::(\d+))?", data)
-    shards = int(c4[1] or C4_SHARDS) if c4 else 0
-    if data == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        other = {"site-packages", "dist-packages", "test", "tests", "idle_test",    # not everywhere
-                 "encodings", "pydoc_data"}     # tables, each almost a copy of the next
-        paths = [p for p in sorted(root.rglob("*.py")) if not other & {*p.relative_to(root).parts}]
-        return *text_files(data, paths), text_pieces
+def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
+    """Return (name, files, what yields the documents of a file), and download what is missing."""
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    path, folder = Path(data).expanduser(), CACHE / "downloads"
+    folder.mkdir(parents=True, exist_ok=True)
     if data == "tinystories":
         name = "TinyStoriesV2-GPT4-train.txt"
         url = f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{name}"
-        file = download(url, downloads / name)
-        return data, [file], file.stat().st_size, text_pieces
-    if 1 <= shards <= 1024:
+        return data, [download(url, folder / name)], text_pieces
+    c4 = re.fullmatch(r"c4(?::(\d+))?", data)
+    if c4 and 1 <= (shards := int(c4[1] or 4)) <= 1024:
         names = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)]
         url = f"{hub}/datasets/allenai/c4/resolve/main/en"
-        files = [download(f"{url}/{name}", downloads / name) for name in names]
-        size = int(2.4 * sum(file.stat().st_size for file in files))    # as C4 compresses
-        return f"c4-{shards}", files, size, json_texts
-    if path.exists():
-        paths = files_in(path) if path.is_dir() else [path]
-        return *text_files(re.sub(r"\W+", "-", path.resolve().name)[:40], paths), text_pieces
-    fail(f"--data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to 1024 shards, or a "
-         f"file or folder that exists")
+        return f"c4-{shards}", [download(f"{url}/{n}", folder / n) for n in names], json_texts
+    if data == "stdlib":
+        name, path = data, Path(sysconfig.get_path("stdlib"))
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test",     # not everywhere
+                "encodings", "pydoc_data"}      # tables, each almost a copy of the next
+        files = [f for f in path.rglob("*.py") if not skip & {*f.relative_to(path).parts}]
+    elif path.exists():
+        name = re.sub(r"\W+", "-", path.resolve().name)[:40]
+        files = [f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path)}"]   # not hidden
+        files = [f for f in files or [path] if f.is_file()]
+    else:
+        fail(f"--data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to 1024 shards, or "
+             f"a file or folder that exists")
+    good = [f for f in sorted(files) if is_text(f)]
+    if not good:
+        fail(f"no text in {data}: --data PATH takes a file or a folder of UTF-8 text")
+    if len(good) < len(files):
+        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: empty, not UTF-8, "
+              f"or unreadable")
+    return f"{name}-{sha256(good)[:8]}", good, text_pieces
 
 
 def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tuple[str, str]]:
-    """Yield (split, text) for each document, always in the same order.
+    """Yield (split, text) of each document, always in the same order; share: of val, and of test.
 
-    Near-empty documents and exact duplicates are dropped. A document goes to the split that is
-    furthest behind its share, so that val and test have the size they should have and come from all
-    over the text; of a folder of many files the pieces of each stay together, since a file repeats
-    itself. All that stays in memory is a hash of each document: 100 bytes in a Python set, some
-    35 MB a shard of C4.
+    A document goes to the split that is furthest behind its share, so that val and test come from
+    all over the text. Near-empty documents and exact duplicates are dropped.
     """
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    together = reader is text_pieces and len(files) >= MANY_FILES
+    together = reader is text_pieces and len(files) >= MANY_FILES   # since a file repeats itself
     for file in files:
         split = ""
         for text in reader(file):
+            # All that stays in memory: 100 bytes a document, some 35 MB for a shard of C4.
             key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             if len(text.strip()) < SHORTEST or key in seen:
                 continue
@@ -331,12 +255,24 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
 # --------------------------------------------------------------------------------------------------
 # 3  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
 
-# Every character falls into exactly one word, as in GPT-2. Lengths are bounded, so that no input
-# makes encoding quadratic.
-WORD = r" ?[^\W\d]{1,32}|\d{1,3}| ?[^\s\w]{1,16}|\s{1,64}(?!\S)|\s"
+# Every character falls into exactly one word, as in GPT-2. A letter keeps its marks: \w lacks them,
+# and the vowels of Hindi and Thai are marks. Words are bounded, so that encoding stays linear.
+MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
+WORD = rf" ?(?:[^\W\d][{MARKS}]{{0,4}}){{1,32}}|\d{{1,3}}| ?[^\s\w]{{1,16}}|\s{{1,64}}(?!\S)|\s"
 SAMPLE = 64_000_000     # characters of training text that the merges are learned from
 COMMON = 200_000        # words among them that count; the others are too rare to win a merge
 KNOWN = 500_000         # words whose tokens a process remembers: some 100 MB
+
+
+def join(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
+    """Return `word` with `token` in the place of each `pair`, from the left."""
+    joined = [-1]
+    for this in word:
+        if (joined[-1], this) == pair:
+            joined[-1] = token
+        else:
+            joined.append(this)
+    return joined[1:]
 
 
 class Tokenizer:
@@ -345,8 +281,7 @@ class Tokenizer:
     A token 0..255 is that byte; token 256 + i is `merges[i]`, a pair of earlier tokens; END is the
     last. Each stands for exact bytes, also where it begins or ends inside a character.
 
-    >>> tokenizer = Tokenizer([(104, 105)])
-    >>> tokenizer.encode("hi, hi")
+    >>> Tokenizer([(104, 105)]).encode("hi, hi")
     [256, 44, 32, 256]
     """
 
@@ -356,90 +291,62 @@ class Tokenizer:
         for left, right in self.rank:
             self.bytes.append(self.bytes[left] + self.bytes[right])
         self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
-        self.known = functools.lru_cache(KNOWN)(self.merge)     # merge(), with a memory
+        self.known = functools.lru_cache(KNOWN)(self.merge)     # words repeat: merge each only once
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`. It is fast since words repeat: only new ones are merged."""
         return list(itertools.chain.from_iterable(map(self.known, re.findall(WORD, text))))
 
     def merge(self, word: str) -> list[int]:
         """Return the tokens of a word: of the pairs in it, the earliest learned is joined first."""
         tokens = list(word.encode("utf-8", "surrogatepass"))
-        while len(tokens) > 1:
-            ranks = [self.rank.get(pair, math.inf) for pair in itertools.pairwise(tokens)]
-            first = min(ranks)
-            if first == math.inf:
-                break
-            at = ranks.index(first)
-            tokens[at:at + 2] = [first]
+        while known := self.rank.keys() & set(itertools.pairwise(tokens)):
+            pair = min(known, key=self.rank.get)
+            tokens = join(tokens, pair, self.rank[pair])
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`; what is not UTF-8 in it becomes replacement characters."""
-        data = b"".join(self.bytes[token] for token in tokens)
-        try:
-            return data.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", "replace")
+        return b"".join(self.bytes[token] for token in tokens).decode("utf-8", "replace")
 
     def lengths(self) -> np.ndarray:
         """Return the bytes of each token, (VOCAB_SIZE,) int64: 0 for END."""
         return np.array([len(data) for data in self.bytes], dtype=np.int64)
 
 
-def join(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
-    """Return `word` with `token` in the place of each `pair`, from the left."""
-    left, right = pair
-    joined = [-1]
-    for this in word:
-        if this == right and joined[-1] == left:
-            joined[-1] = token
-        else:
-            joined.append(this)
-    return joined[1:]
-
-
 def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
-    """Return at most `count` merges: again and again the most frequent pair of neighbours.
-
-    Each common word is held once with its count, and a merge visits only words with the pair.
-
-    >>> learn_merges(["hi, hi"], 1)
-    [(104, 105)]
-    """
+    """Return at most `count` merges: again and again the most frequent pair of neighbours."""
     counter, characters = collections.Counter(), 0
     for text in texts:
         counter.update(re.findall(WORD, text))
         characters += len(text)
         if characters > SAMPLE:
             break
-    common = counter.most_common(COMMON)
+    common = counter.most_common(COMMON)        # each word is held once, with its count
     words = [list(word.encode("utf-8", "surrogatepass")) for word, _ in common]
-    times = [n for _, n in common]
     counts = collections.Counter()              # pair -> how often it occurs
-    where = collections.defaultdict(set)        # pair -> the words that have, or once had, it
+    where = collections.defaultdict(set)        # pair -> words that have it, or had it once
     for i, word in enumerate(words):
         for pair in itertools.pairwise(word):
-            counts[pair] += times[i]
+            counts[pair] += common[i][1]
             where[pair].add(i)
-    heap = [(-n, pair) for pair, n in counts.items()]       # n may be outdated, and too high
+    heap = [(-n, pair) for pair, n in counts.items()]       # the most frequent comes out first
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < count:
         negative, pair = heapq.heappop(heap)
-        if -negative != counts[pair]:
+        if -negative != counts[pair]:           # other merges have used some of them up since
             heapq.heappush(heap, (-counts[pair], pair))
             continue
         if -negative < 2:
             break
         token, fresh = 256 + len(merges), set()
         merges.append(pair)
-        for i in where.pop(pair):
+        for i in where.pop(pair):               # only words with the pair change
             for old in itertools.pairwise(words[i]):
-                counts[old] -= times[i]
+                counts[old] -= common[i][1]
             words[i] = join(words[i], pair, token)
             for new in itertools.pairwise(words[i]):
-                counts[new] += times[i]
+                counts[new] += common[i][1]
                 if token in new:
                     where[new].add(i)
                     fresh.add(new)
@@ -451,22 +358,6 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
 # --------------------------------------------------------------------------------------------------
 # 4  Tokens: the documents of each split as one flat file of uint16
 
-BLOCK = 1_000_000       # characters that a core encodes at a time
-CHECKPOINT = 8          # blocks after which an interrupted preparation goes on
-
-
-def blocks(stream: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Group documents, (split, text), into blocks of about BLOCK characters."""
-    block, size = [], 0
-    for split, text in stream:
-        block.append((split, text))
-        size += len(text)
-        if size >= BLOCK:
-            yield block
-            block, size = [], 0
-    yield block
-
-
 _tokenizer: Tokenizer       # of a worker process
 
 
@@ -476,95 +367,77 @@ def start_worker(merges: list[tuple[int, int]]):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process
 
 
-def encode_block(block: list[tuple[str, str]]) -> tuple[int, int, dict[str, bytes]]:
-    """Return (documents, bytes of text, {split: its tokens as uint16})."""
-    tokens, size = {split: [] for split in SPLITS}, 0
-    for split, text in block:
-        tokens[split] += _tokenizer.encode(text)
-        tokens[split].append(END)
-        size += len(text.encode("utf-8", "surrogatepass"))
-    return len(block), size, {s: np.array(t, dtype=np.uint16).tobytes() for s, t in tokens.items()}
+def encode_document(document: tuple[str, str]) -> tuple[str, int, bytes]:
+    """Return (split, bytes of text, its tokens as uint16)."""
+    split, text = document
+    tokens = [*_tokenizer.encode(text), END]
+    return split, len(text.encode("utf-8", "surrogatepass")), np.array(tokens, np.uint16).tobytes()
 
 
-def encode_blocks(todo: Iterable[list], tokenizer: Tokenizer) -> Iterator[tuple]:
-    """Yield encode_block() of each block, in order, with all cores; never reads far ahead."""
+def make(folder: Path, name: str, files: list[Path], reader: Callable):
+    """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
+    # A GPU needs more tokens for its longer windows; 7.9 MB of Python sources have to be enough.
+    small = sum(file.stat().st_size for file in files) < 100e6
+    share = (0.08 if CUDA else 0.06) if small else 0.01
+    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens", flush=True)
+    texts = (text for split, text in documents(files, reader, share) if split == "train")
+    merges = learn_merges(texts, VOCAB_SIZE - 257)
+    (folder / "tokenizer.json").write_text(json.dumps(merges))
+    print(f"{name}: encoding", flush=True)
+    bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
+    count = size = 0
     affinity = getattr(os, "sched_getaffinity", None)       # what we may use; unknown on a Mac
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    ahead = collections.deque()
-    with multiprocessing.Pool(cores, start_worker, [list(tokenizer.rank)]) as pool:
-        for block in todo:
-            ahead.append(pool.apply_async(encode_block, [block]))
-            if len(ahead) > 2 * cores:
-                yield ahead.popleft().get()
-        while ahead:
-            yield ahead.popleft().get()
-
-
-def write_tokens(stream: Iterator, tokenizer: Tokenizer, folder: Path, total: int) -> dict:
-    """Write the tokens of `stream` to folder/{train,val,test}.bin, some blocks at a time.
-
-    state.json says how many documents are safe in the files. After an interruption that many are
-    skipped, and what the files have beyond it is cut off. Returns the last state: {"documents",
-    "text", "train", "val", "test"}, the last four in bytes. total: the bytes to expect.
-    """
-    path = folder / "state.json"
-    state = dict.fromkeys(("documents", "text", *SPLITS), 0)
-    if path.exists():
-        state = json.loads(path.read_text())
-    progress = Progress("encoding", total, state["text"])
-    results = encode_blocks(blocks(itertools.islice(stream, state["documents"], None)), tokenizer)
-    while some := list(itertools.islice(results, CHECKPOINT)):
-        for split in SPLITS:
-            with (folder / f"{split}.bin").open("ab") as file:
-                file.truncate(state[split])
-                state[split] += file.write(b"".join(tokens[split] for _, _, tokens in some))
-                file.flush()
-                os.fsync(file.fileno())
-        state["documents"] += sum(count for count, _, _ in some)
-        state["text"] += sum(size for _, size, _ in some)
-        write_whole(path, json.dumps(state))
-        progress(state["text"])
-    progress(state["text"], last=True)
-    return state
-
-
-def make(folder: Path, name: str, files: list[Path], size: int, reader: Callable):
-    """Fill `folder`: tokenizer.json, {train,val,test}.bin, and meta.json when all is there."""
-    share = 0.06 if size < 100e6 else 0.01      # of each of val and test
-    if not (folder / "tokenizer.json").exists():
-        print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens", flush=True)
-        texts = (text for split, text in documents(files, reader, share) if split == "train")
-        merges = learn_merges(texts, VOCAB_SIZE - 257)
-        write_whole(folder / "tokenizer.json", json.dumps(merges))
-    tokenizer = Tokenizer(json.loads((folder / "tokenizer.json").read_text()))
-    state = write_tokens(documents(files, reader, share), tokenizer, folder, size)
-    tokens = sum(state[split] for split in SPLITS) // 2 - state["documents"]
-    bytes_per_token = state["text"] / tokens if tokens else 3.0
+    with multiprocessing.Pool(affinity and len(affinity(0)), start_worker, [merges]) as pool:
+        # In order; the pipe to the workers keeps imap from reading far ahead.
+        stream = documents(files, reader, share)
+        for split, length, tokens in pool.imap(encode_document, stream, chunksize=50):
+            bins[split].write(tokens)
+            count, size = count + 1, size + length
+    tokens = {split: file.tell() // 2 for split, file in bins.items()}
+    for file in bins.values():
+        file.close()
+    bytes_per_token = size / max(1, sum(tokens.values()) - count)       # END has no bytes
     need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test
-    if min(state["val"], state["test"]) < 2 * need:
-        fail(f"too little text in {name}: {state['text'] / 1e6:.2f} MB, and a score needs about "
-             f"{1.2 * need * bytes_per_token / share / 1e6:.1f} MB: add text")
-    write_whole(folder / "meta.json", json.dumps({
-        "name": name, "documents": state["documents"], "text_mb": round(state["text"] / 1e6, 3),
-        "bytes_per_token": round(bytes_per_token, 4), "train_tokens": state["train"] // 2,
+    if min(tokens["val"], tokens["test"]) < need:
+        enough = 1.2 * need * (bytes_per_token or 3) / share
+        fail(f"too little text in {name}: {size / 1e6:.2f} MB, and a score needs about "
+             f"{enough / 1e6:.1f} MB: add text")
+    (folder / "meta.json").write_text(json.dumps({
+        "name": name, "documents": count, "text_mb": round(size / 1e6, 3),
+        "bytes_per_token": round(bytes_per_token, 4), "train_tokens": tokens["train"],
         "sha256": sha256([folder / f"{split}.bin" for split in SPLITS])}))
+
+
+def lock(file: IO):
+    """Wait until no other process has `file` locked. It is ours until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"WARNING: {file.name}: {error.strerror}; two processes at once would disturb each "
+              f"other", file=sys.stderr)      # as on some network file systems
 
 
 def prepare(data: str) -> Path:
     """Make `data` ready, unless it is, and return its folder."""
     start = time.monotonic()
-    name, files, size, reader = source(data)
-    folder = CACHE / f"{name}-v{VOCAB_SIZE}"
-    with locked(folder):
-        try:
-            if not (folder / "meta.json").exists():
-                make(folder, name, files, size, reader)
-        except gzip.BadGzipFile as error:
-            for made in folder.glob("*.json"):      # from what came before the damage
-                made.unlink()
-            fail(f"{error}: the same command fetches it again")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as file:
+        lock(file)
+        name, files, reader = source(data)
+        folder = CACHE / f"{name}-v{VOCAB_SIZE}"
+        half, current = CACHE / f"{folder.name}.part", CACHE / "current.part"
+        if not (folder / "meta.json").exists():
+            for rest in half, folder:       # of a process that was stopped
+                shutil.rmtree(rest, ignore_errors=True)
+            half.mkdir()
+            make(half, name, files, reader)
+            os.sync()                       # first on the disk, then under its name
+            half.rename(folder)             # all of it is there, or none
+        current.write_text(folder.name)
+        current.replace(CACHE / "current")
     meta = json.loads((folder / "meta.json").read_text())
-    write_whole(CACHE / "current", folder.name)
     print(f"{name}: {meta['text_mb']} MB in {meta['documents']} documents, "
           f"{meta['train_tokens'] / 1e6:.2f}M tokens to train on, {meta['bytes_per_token']} bytes "
           f"per token; ready in {time.monotonic() - start:.1f} s", flush=True)
@@ -574,16 +447,18 @@ def prepare(data: str) -> Path:
 def prepare_or_fall_back(data: str | None) -> Path:
     """Prepare `data`. The default data that cannot be reached is replaced by stdlib, loudly."""
     try:
-        try:
-            return prepare(data or DEFAULT_DATA)
-        except requests.RequestException as error:
-            if data:
-                fail(f"--data {data} cannot be downloaded ({error}): check the network and try "
-                     f"again, or give --data stdlib or a folder of text")
-            print(f"WARNING: {DEFAULT_DATA} cannot be downloaded ({error}). Going on with the "
-                  f"Python sources (stdlib): scores will be of code, not of web text. When there "
-                  f"is a network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
-            return prepare("stdlib")
+        return prepare(data or DEFAULT_DATA)
+    except requests.RequestException as error:
+        if data:
+            fail(f"--data {data} cannot be downloaded ({error}): check the network and try "
+                 f"again, or give --data stdlib or a folder of text")
+        print(f"WARNING: {DEFAULT_DATA} cannot be downloaded ({error}). Going on with the Python "
+              f"sources (stdlib): scores will be of code, not of web text"
+              f"{', and a GPU reads all of it 160 times in 300 s: a smoke test' * CUDA}. When "
+              f"there is a network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
+        return prepare_or_fall_back("stdlib")
+    except gzip.BadGzipFile as error:
+        fail(f"{error}: the same command fetches it again")
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename or CACHE}; AUTORESEARCH_CACHE names "
              f"another place for data")
@@ -592,49 +467,39 @@ def prepare_or_fall_back(data: str | None) -> Path:
 # --------------------------------------------------------------------------------------------------
 # 5  The clock: it starts with the first batch and ends the loop over batches() at the budget
 
+# On a CPU, the CPU time of the thread that calls train(): another program then decides no verdict.
+seconds_now = thread_time if DEVICE == "cpu" else monotonic
+
 
 class Clock:
-    """What a run may use, and what it has used. Monotonic: a clock that is set changes nothing.
-
-    tell(event, limit=s, ...) sends the driver a line; with a limit, the driver ends the run if its
-    next phase does not begin within s seconds.
-    """
+    """The budget of a run, and what the run has used of it."""
 
     def __init__(self, tokens: np.ndarray, seed: int, budget: float, tell: Callable):
-        self.tokens, self.budget, self.tell = tokens, budget, tell
-        self.rng = np.random.default_rng(seed)
-        self.start: float | None = None
-        self.steps = self.seen = 0              # batches and tokens handed out
-
-    def elapsed(self) -> float:
-        return monotonic() - self.start
-
-    def overtime(self) -> float:
-        """Return the seconds after which a run is invalid."""
-        return self.budget * (1 + OVERTIME[0]) + OVERTIME[1]
+        self.tokens, self.budget = tokens, budget
+        self.tell = tell        # tell("phase", limit=s): the next phase begins within s seconds
+        self.rng = np.random.default_rng(seed)      # of the order of the windows
+        self.thread = threading.get_ident()         # the one whose time counts
+        self.start: float | None = None             # there is none before the first batch
+        self.startup = 0.0                          # wall-clock seconds before the first batch
+        self.steps = self.seen = 0                  # batches and tokens handed out
 
 
 _clock: Clock           # of the run in this process
 
 
 def synchronize():
-    """Wait until the device has done what it was told."""
-    if CUDA:
-        torch.cuda.synchronize()
-    elif DEVICE == "mps":
-        torch.mps.synchronize()
+    """Wait until the device has done what it was told; a CPU has."""
+    if DEVICE != "cpu":
+        torch.accelerator.synchronize()
 
 
-GOLDEN_RATIO = (1 + 5 ** 0.5) / 2   # of all numbers the one that spreads best (Weyl sequences)
+GOLDEN_RATIO = (1 + 5 ** 0.5) / 2   # its multiples, modulo 1, are spread most evenly (Weyl)
 
 
 def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield windows of length + 1 tokens forever: each epoch all of them, at a new offset.
-
-    Multiples of an irrational number, modulo 1, are spread evenly however many there are. In their
-    order a run that ends within an epoch has seen all parts of the text alike, whatever its seed.
-    Scores of equally many steps scatter by 0.0025 bpb with it and by 0.006 shuffled.
-    """
+    """Yield windows of length + 1 tokens forever. Each epoch has all of them, at a new offset."""
+    # Five windows come in the order 0, 2, 4, 1, 3: wherever a run ends, it has seen all parts of
+    # the text alike. Scores of equal steps scatter by 0.0025 bpb so, and by 0.006 if shuffled.
     while True:
         offset = rng.integers(length)
         count = (len(tokens) - 1 - offset) // length
@@ -646,38 +511,40 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN
             ) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
     """Yield (x, y, progress) until the budget is spent.
 
-    x, y: int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t]. progress: in
-    [0, 1), the share of the budget that is spent, to drive schedules with. The clock starts at the
-    first batch, whoever draws it, and is never set back: a second loop goes on with the time that
-    is left. No batch is handed out for which the time of the last step is no longer left.
+    x, y: int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t]. progress: the
+    share of the budget that is spent, in [0, 1), to drive schedules with. The first batch starts
+    the clock, and nothing sets it back: a second loop goes on with the time that is left.
     Raises ValueError when there are no windows of seq_len + 1 tokens.
     """
     clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.rng)
     if not 0 < seq_len < len(clock.tokens) // 2:
         raise ValueError(f"seq_len {seq_len}: there are {len(clock.tokens)} tokens to train on")
-    ahead = collections.deque()     # marks in the CUDA stream, one per step the GPU may be at
-    told, last = -math.inf, math.inf    # when progress was told, and the last batch handed out
+    queued = collections.deque()        # CUDA events, one after each step that the GPU may be at
+    last, reported = math.inf, -math.inf    # times of the last batch, of the last progress event
     while True:
+        if threading.get_ident() != clock.thread:
+            raise RuntimeError("batches() belongs to the thread that calls train()")
         batch = np.stack(list(itertools.islice(windows, batch_size))).astype(np.int64)
         pinned = torch.from_numpy(batch).pin_memory() if CUDA else torch.from_numpy(batch)
         batch = pinned.to(DEVICE, non_blocking=True)
-        if CUDA:    # one step ahead of the GPU, never two: it never waits, the clock stays true
-            ahead.append(torch.cuda.Event())
-            ahead[-1].record()
-            if len(ahead) > 1:
-                ahead.popleft().synchronize()
-        else:
+        if CUDA and clock.steps > 1:    # one step ahead of the GPU, never two: it never waits
+            queued.append(torch.cuda.Event())
+            queued[-1].record()
+            if len(queued) > 1:
+                queued.popleft().synchronize()
+        else:                           # the first step is timed to its end, before a second
             synchronize()
         if clock.start is None:
-            synchronize()
-            clock.tell("training", limit=clock.overtime() + 10)
-            clock.start = monotonic()
-        now = clock.elapsed()
-        step, last = max(0.0, now - last), now      # 0 before the first
-        if now + step * (2 if CUDA else 1) >= clock.budget:     # a GPU is still at the last one
+            cap = 4 * clock.budget if DEVICE == "cpu" else clock.budget * (1 + OVERTIME)
+            clock.tell("training", limit=cap + 10)      # 4: a CPU may have other load
+            clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
+        now = seconds_now() - clock.start
+        step, last = max(0.0, now - last), now          # 0 at the first
+        # No batch without the time that the last one took. A GPU is still at the last one.
+        if now + step * (2 if CUDA else 1) >= clock.budget:
             break
-        if now - told >= 1:
-            told = now
+        if now - reported >= 1:
+            reported = now
             clock.tell("progress", share=now / clock.budget,
                        tokens_per_second=clock.seen / max(now, 1e-3))
         clock.steps += 1
@@ -689,171 +556,267 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN
 # 6  The metric: bits per byte of held-out text, and the probes that make it worth believing
 
 
+def bits_per_byte(nats: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> float:
+    """Return the bits that a model needs for a byte of text: sum of -log2 p / sum of bytes.
+
+    nats: -ln p of each token, given those before it. lengths[token]: how many bytes it stands for.
+    """
+    sizes = lengths[tokens]
+    bits = nats[sizes > 0] / LN2        # END has no bytes, so it does not count
+    return float(bits.sum() / sizes.sum())
+
+
 class Invalid(Exception):
     """A run whose score would mean nothing. The text says why."""
 
 
-def token_nats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor,
-               rng: np.random.Generator) -> torch.Tensor:
-    """Return -ln p(y[i, t]) given x[i, :t+1]: two (B, T) int64 -> (B, T) float32, on the CPU.
+def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
+    """Return the logits of a batch: int64 (B, T) -> float32 (B, T, VOCAB_SIZE) on DEVICE.
 
-    Raises Invalid when the logits are not what they have to be.
+    Nothing else is asked of a candidate. A judge in a process of its own would begin here.
     """
-    logits = model(x.to(DEVICE, copy=True))
+    logits = model(torch.from_numpy(tokens).to(DEVICE, copy=True))      # it may write into its copy
     if type(logits) is not torch.Tensor:
         raise Invalid(f"the model returns {type(logits).__name__}, not a plain tensor of logits")
-    if logits.shape != (*x.shape, VOCAB_SIZE) or not logits.is_floating_point():
+    if logits.shape != (*tokens.shape, VOCAB_SIZE) or not logits.is_floating_point():
         raise Invalid(f"the model returns {logits.dtype} {tuple(logits.shape)}, not floating-point "
-                      f"logits {(*x.shape, VOCAB_SIZE)}")
-    if not torch.isfinite(logits).all():
-        raise Invalid("logits that are not finite")
-    logits = logits.float()
-    nats = cross_entropy(logits.flatten(0, 1), y.flatten().to(DEVICE), reduction="none")
-    nats = nats.cpu().view(y.shape)
+                      f"logits {(*tokens.shape, VOCAB_SIZE)}")
+    return logits.float()
+
+
+def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng: np.random.Generator
+               ) -> np.ndarray:
+    """Return -ln p(y[i, t]) given x[i, :t+1]: two int64 (B, T) -> float32 (B, T)."""
+    torch.manual_seed(int(rng.integers(2 ** 63)))   # torch's random state remembers no call
+    logits = logits_of(model, x)
+    targets = torch.from_numpy(y).flatten().to(DEVICE)
+    nats = cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(y.shape).cpu()
+    if not nats.isfinite().all():       # of the nats: -inf for a token that never comes is fair
+        raise Invalid("logits that are not finite, or not so as float32")
     i, t = (int(rng.integers(size)) for size in x.shape)    # a token by hand: is torch still torch?
     row, top = logits[i, t].tolist(), logits[i, t].max().item()
     nat = math.log(sum(math.exp(logit - top) for logit in row)) + top - row[y[i, t]]
     if not math.isclose(nat, nats[i, t], rel_tol=1e-4, abs_tol=1e-3):  # float32: 1e-6
         raise Invalid("torch no longer computes cross_entropy: something has replaced part of it")
-    return nats
+    return nats.numpy()
 
 
-def splice(x: torch.Tensor, other: torch.Tensor, rng: np.random.Generator):
-    """Make a probe of a batch: what may not matter is changed, and what may is kept.
+# A probe asks about a row of a batch again, and lets it go on differently from a cut on:
+#
+#     row      the  cat  sat  on      the  mat
+#     other    in   may  it   rained  all  day     a row of another batch
+#     probe    the  cat  sat  rained  all  day     cut = 3
+#
+# The first 3 predictions, of "cat", "sat" and "on", had the same tokens to go by, and may not
+# change. A model that sees one token ahead loses at the third what it gained there. The rows of a
+# probe also change places, so that each has other neighbours.
 
-    Every row keeps its tokens up to a cut of its own and goes on as a row of `other`. A fifth is
-    cut at 0, so becomes another row; a fifth at T, so that only its neighbours change, which its
-    last token could know of. The rows change places. Returns (probe, order, cuts): row i of the
-    probe was row order[i], and its first cuts[i] predictions have to be what they were.
-    x, other, probe: (B, T) int64.
+
+def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Return where each row of each probe is cut: (probes, rows), in 1 ... length.
+
+    Half of them are spread over all places. Half are at ends of chunks of 2, 4, 8, ... tokens, each
+    size equally often, since accidents happen there. One row a probe is whole: cut at its end.
     """
-    rows, length = x.shape
-    cuts = rng.integers(1, length, rows)
-    cuts[:rows // 5], cuts[-(rows // 5):] = 0, length
-    order, others, cuts = map(torch.from_numpy, (
-        rng.permutation(rows), rng.permutation(rows), rng.permutation(cuts)))
-    keep = torch.arange(length) < cuts[:, None]
-    return torch.where(keep, x[order], other[others]), order, cuts
+    count = probes * (rows - 1)
+    anywhere = np.resize(1 + rng.permutation(length - 1), count // 2)
+    chunk = 2 ** rng.integers(1, length.bit_length() - 1, count - count // 2)
+    ends = chunk * rng.integers(1, length // chunk)
+    cuts = rng.permutation([*anywhere, *ends]).reshape(probes, rows - 1)
+    return rng.permuted(np.insert(cuts, 0, length, axis=1), axis=1)
 
 
-# Probes show how much predictions change where nothing has changed that they may depend on. What
-# is left is rounding: none where a row is computed alike at any place of a batch, as CPUs do; where
-# sums go in another order in other company (experts, atomics), a bf16 logit of 4, in steps of 1/32,
-# is off by 0.01, and by up to 1 in the few tokens whose near-tie is routed elsewhere. Rounding has
-# no direction, and what is gained by seeing too much has one.
+# What changes where nothing may is rounding: nothing on most CPUs; with experts or atomics, a bf16
+# logit of 4, in steps of 1/32, is off by 0.01, and by 1 in a few tokens that are routed elsewhere.
+# Rounding has no direction and no place. What is gained by seeing too much has both.
 BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below the noise of seeds
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
 SPREAD = 0.02       # nats, the mean size everywhere, the median at the cuts: twice that of bf16
-LARGEST = 1.0       # nats, what one token counts at most: two or three near-ties are no leak
+LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-ties are no leak
+GATHERED = 2, 4     # of the 3, 16 largest changes so many may be at cuts: more is no chance
 
 
-def refuse_leaks(found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]):
+def refuse_leaks(change: np.ndarray, cuts: np.ndarray, later: np.ndarray):
     """Raise Invalid if predictions changed by more than rounding.
 
-    found, for every probe: how its (B, T) nats changed; which of them had to stay; where those end
-    (the last token before the text goes on differently: whoever sees one token ahead loses all of
-    it there, and nothing elsewhere); did the probe come later than the batch it was made of?
+    change: (P, B, T) nats that P batches lost when probed. cuts: (P, B) of their rows. later: (P,),
+    whether the model had answered more calls at the probe than at the batch.
     """
-    anywhere = torch.cat([change[kept] for change, kept, _, _ in found])
-    later = torch.cat([change[kept] * (1 if late else -1) for change, kept, _, late in found])
-    at_cut = torch.cat([change[last] for change, _, last, _ in found])
-    sigma = anywhere.square().mean().sqrt().item()
-    spread = max(anywhere.abs().mean().item(), at_cut.abs().median().item())
-    biased = any(sample.mean().abs() > BIAS + SIGMAS * sigma / len(sample) ** 0.5
-                 for sample in (anywhere, later, at_cut))
-    if biased or spread > SPREAD:
-        raise Invalid(f"leak: predictions change when only later tokens, other rows of the batch "
-                      f"and earlier calls change (by {at_cut.mean():+.4f} nats at the last token "
-                      f"before the change, {anywhere.mean():+.4f} anywhere, {later.mean():+.4f} "
-                      f"from call to call, or {spread:.4f} in size); logits at t may depend on "
-                      f"tokens[:t+1] of their row alone")
+    left = cuts[..., None] - np.arange(change.shape[-1])    # predictions that have to stay, from t
+    stays, sign = left > 0, np.where(later, 1, -1)[:, None, None]
+    small = change.clip(-LARGEST, LARGEST)
+    kept, at_cut, learned = small[stays], small[left == 1], (small * sign)[stays]
+    sigma = np.sqrt(np.square(kept).mean())
+    unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
+                   for some in (kept, at_cut, learned))
+    spread = max(np.abs(kept).mean(), np.median(np.abs(at_cut)))
+    largest = np.argsort(-change[stays])[:16]               # random noise would hide them in a mean
+    hits = ((left[stays] == 1) & (change[stays] > SPREAD))[largest]
+    gathered = hits[:3].sum() > GATHERED[0] or hits.sum() > GATHERED[1]
+    if not (unbiased and spread <= SPREAD and not gathered):            # a NaN is refused
+        mps = " (torch's attention in half precision leaks on MPS: pytorch issue 195910)"
+        raise Invalid(
+            f"leak: predictions change when only later tokens, other rows of the batch and earlier "
+            f"calls change: by {at_cut.mean():+.4f} nats at the last token before the change (and "
+            f"{hits.sum()} of the 16 largest changes), {kept.mean():+.4f} anywhere, {spread:.4f} "
+            f"in size, {learned.mean():+.4f} from call to call; logits at t may depend on "
+            f"tokens[:t+1] of their row alone; fp8 or int8 scaled by batch mixes rows"
+            f"{mps * (DEVICE == 'mps')}")
 
 
-def weights(model: torch.nn.Module) -> list[float]:
-    """Return a number for each parameter, that changes when it is trained."""
-    return [p.detach().abs().float().sum().item() for p in model.parameters()]
+def held_out(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first windows of a split and the tokens that follow: int64 (batches, B, T)."""
+    count = min(EVAL_WINDOWS, (len(tokens) - 1) // SEQ_LEN) // EVAL_ROWS
+    size, shape = count * EVAL_ROWS * SEQ_LEN, (count, EVAL_ROWS, SEQ_LEN)
+    return tuple(tokens[i:i + size].astype(np.int64).reshape(shape) for i in (0, 1))
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.ndarray
-             ) -> dict[str, float]:
-    """Return {split: bits per byte} of the model for flat arrays of tokens; lengths: bytes a token.
+def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.ndarray,
+             slack: float = 1.0) -> dict[str, float]:
+    """Return {split: bits per byte}. Raises Invalid if the model knows more than it may.
 
-    Bits per byte = sum of -log2 p(token) / sum of the token's bytes, both over tokens that have
-    bytes (END has none). The same windows in the same batches for every candidate. Probes look
-    exactly like evaluation and stand at random places in it, so that a leak that begins late or
-    needs full batches shows as well: the first call is one, and the last, of the batch that went
-    best, which is where a leak in a few calls alone would be. Raises Invalid.
+    splits: flat arrays of tokens. slack: seconds that its calls may take beyond the usual.
     """
-    rng, before = np.random.default_rng(), weights(model)   # no candidate knows where probes are
-    todo: dict[tuple[str, int], tuple] = {}     # (split, batch) -> x, y: (EVAL_ROWS, SEQ_LEN) int64
-    for split, tokens in splits.items():
-        count = min(EVAL_WINDOWS, (len(tokens) - 1) // SEQ_LEN) // EVAL_ROWS
-        size = count * EVAL_ROWS * SEQ_LEN
-        x, y = (torch.from_numpy(tokens[i:i + size].astype(np.int64))
-                .view(count, EVAL_ROWS, SEQ_LEN) for i in (0, 1))
-        todo |= {(split, b): (x[b], y[b]) for b in range(count)}
-    keys = list(todo)
-    first, *others = rng.permutation(len(keys))[:max(1, round(PROBE_SHARE * len(keys)) - 1)]
-    middle = [(key, False) for key in keys] + [(keys[i], True) for i in others]
-    calls = [(keys[first], True), *(middle[i] for i in rng.permutation(len(middle))), (None, True)]
+    rng = np.random.default_rng()       # seeded by the system: no candidate knows it
+    parts = [held_out(tokens) for tokens in splits.values()]
+    x, y = (np.concatenate(arrays) for arrays in zip(*parts))
+    cuts, nats, probed = choose_cuts(*x.shape, rng), np.empty(x.shape), np.empty(x.shape)
+    seconds = []                        # of each call
 
-    nats: dict[tuple[str, int], torch.Tensor] = {}
-    probes: list[tuple] = []
-    for key, is_probe in calls:
-        key = key or min(keys, key=lambda key: nats[key].mean())
-        x, y = todo[key]
-        if is_probe:
-            probe, order, cuts = splice(x, todo[keys[rng.integers(len(keys))]][0], rng)
-            probes.append((key, token_nats(model, probe, y[order], rng), order, cuts, key in nats))
-        else:
-            nats[key] = token_nats(model, x, y, rng)
-    found = []
-    for key, probed, order, cuts, late in probes:
-        change = (probed - nats[key][order]).double().clamp(-LARGEST, LARGEST)
-        left = cuts[:, None] - torch.arange(SEQ_LEN)    # predictions that have to stay, from t on
-        found.append((change, left > 0, left == 1, late))
-    refuse_leaks(found)
-    if weights(model) != before:
-        raise Invalid("the model's weights changed during evaluation: nothing trains after train()")
+    def ask(model: torch.nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        start = seconds_now()
+        answer = token_nats(model, x, y, rng)
+        seconds.append(seconds_now() - start)
+        return answer
 
-    bpb = {}
-    for split in splits:
-        size = torch.from_numpy(lengths)[torch.cat([todo[k][1] for k in keys if k[0] == split])]
-        total = torch.cat([nats[k] for k in keys if k[0] == split]).double()[size > 0].sum().item()
-        bpb[split] = total / math.log(2) / size.sum().item()
-    return bpb
+    ask(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0])     # some fold weights together now
+    try:
+        twin = copy.deepcopy(model)     # does not know what the model has answered
+    except Exception:                   # something in it cannot be copied: probe it as it is
+        twin = model
+    order, probes = rng.permutation(len(x)), rng.permutation(len(x))
+    for i, p in zip(order, probes):     # each batch is scored once and probed once
+        nats[i] = ask(model, x[i], y[i])
+        other = rng.permutation(x[p - rng.integers(1, len(x))])
+        spliced = np.where(np.arange(SEQ_LEN) < cuts[p, :, None], x[p], other)
+        rows = rng.permutation(len(spliced))
+        probed[p, rows] = ask(twin, spliced[rows], y[p, rows])
+    refuse_leaks(probed - nats, cuts, later=np.argsort(probes) >= np.argsort(order))
+    usual = np.median(seconds)
+    put_off = sum(max(0.0, took - 5 * usual) for took in seconds)
+    if not put_off <= slack:
+        raise Invalid(f"overtime: calls of the model took {put_off:.1f} s more than the usual "
+                      f"{usual:.2f} s each: no work may be put off until evaluation")
+    ends = np.cumsum([len(part) for part, _ in parts])[:-1]
+    return {split: bits_per_byte(its_nats, its_y, lengths) for split, its_nats, its_y
+            in zip(splits, np.split(nats, ends), np.split(y, ends))}
 
 
 @torch.no_grad()
 def sample(model: torch.nn.Module, folder: Path, count: int = 64) -> str:
     """Return how the model goes on with the beginning of val, drawn at temperature 0.8."""
     tokenizer = Tokenizer(json.loads((folder / "tokenizer.json").read_text()))
-    tokens, given = torch.full((1, SEQ_LEN), END), 24
-    text = np.fromfile(folder / "val.bin", np.uint16, given)
-    tokens[0, :given] = torch.from_numpy(text.astype(np.int64))
+    tokens, given = np.full((1, SEQ_LEN), END), 24
+    tokens[0, :given] = np.fromfile(folder / "val.bin", np.uint16, given)
     for at in range(given, given + count):  # always a whole window: what is behind cannot matter
-        logits = model(tokens.to(DEVICE))[0, at - 1].float().cpu()
-        tokens[0, at] = torch.multinomial(torch.softmax(logits / 0.8, 0), 1)
+        logits = logits_of(model, tokens)[0, at - 1]
+        tokens[0, at] = torch.multinomial(torch.softmax(logits / 0.8, 0), 1).item()
     return tokenizer.decode(tokens[0, :given + count].tolist())
 
 
 # --------------------------------------------------------------------------------------------------
 # 7  One run: a fresh process, whose main is this file and never the candidate
 
+# What is trusted: the candidate runs in the process that judges it, and knows a stub of this file
+# with four names. What it puts in the place of prepare.batches it puts there for itself alone. The
+# driver believes only lines that begin with the key of the run: it is on the command line, since
+# that passes through every launcher, and gone from sys.argv before the candidate is executed. This
+# stops a sloppy researcher and one that games the score. It does not stop malware.
+
+
+# A candidate may use what torch and numpy hold themselves. Of what lies deeper, this is open to it:
+OPEN = [f"torch.{path}." for path in """_dynamo.config _inductor.config accelerator amp autograd
+    backends compiler cpu cuda distributions fft func jit.script library.custom_op linalg mps nested
+    nn ops optim random sparse special utils.checkpoint version""".split()]
+OPEN += ["numpy.fft.", "numpy.lib.stride_tricks.", "numpy.linalg.", "numpy.random."]
+CLOSED = re.compile(r"""(?x)    # by the name that an object gives itself
+    (numpy | torch)\.(load\w* | save(z\w* | txt)? | memmap | from(file|regex) | genfromtxt)
+    | (numpy | random | torch)\.(seed\w* | set_?state | default_rng | Generator | Random(State)?
+        | [A-Z]+\d+\w*)     # SFC64, PCG64, MT19937
+    | gc\.get_\w+ | operator\.(attrgetter | methodcaller) | string\.Formatter | typing\.get_\w+""")
+
+
+def objection(path: str, is_set: bool) -> str:
+    """Return why a candidate may not use, or set, what a path like torch.nn.Linear leads to."""
+    root, *parts = path.split(".")
+    is_open = OPEN if root in ("numpy", "torch") else [f"{root}."]
+    value, where = sys.modules[root], f"{root}."
+    while parts and isinstance(value, types.ModuleType):
+        where, value = f"{value.__name__}.{parts[0]}.", getattr(value, parts.pop(0), None)
+        if is_module := isinstance(value, types.ModuleType):
+            where = f"{value.__name__}."            # torch.importlib is importlib
+        if is_module or where.count(".") > 2:       # torch.relu needs no permission
+            if not any(there.startswith(where) or where.startswith(there) for there in is_open):
+                return f"{where[:-1]} is closed to a candidate"
+        if CLOSED.fullmatch(f"{root}.{getattr(value, '__name__', '')}"):
+            return "no files, no seeds, no attributes by computed names"
+    if is_set and not re.match(r"torch\.(backends|_\w+\.config)\.", where):
+        return "only settings may be assigned"
+    return "a module stands only before a dot" if isinstance(value, types.ModuleType) else ""
+
+
+def refuse_modules(source: str) -> None:
+    """Raise Invalid where a name leads to what is closed to a candidate, however it is called."""
+    nodes, bound = list(ast.walk(ast.parse(source))), set()     # ("F", "torch.nn.functional"), ...
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            exec(compile(ast.Module([node], []), "train.py", "exec"), {})   # loads submodules
+            for alias in node.names:
+                path = alias.name if alias.asname else alias.name.partition(".")[0]
+                if isinstance(node, ast.ImportFrom):
+                    path = f"{node.module}.{alias.name}"
+                bound.add((alias.asname or path.rpartition(".")[2], path))
+    dotted = {node.value: node for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            for path in [path for name, path in bound if name == node.id]:
+                last = node
+                while last in dotted:       # from F to F.relu
+                    last = dotted[last]
+                    path += f".{last.attr}"
+                if why := objection(path, not isinstance(last.ctx, ast.Load)):
+                    raise Invalid(f"not allowed in line {node.lineno}: {ast.unparse(last)}: {why}")
+
 
 def load_candidate(path: Path) -> types.ModuleType:
-    """Import a train.py as the module `candidate`, which may use only a part of prepare.py.
-
-    What it may put in the place of prepare.batches, or of anything, it puts there for itself alone.
-    """
-    face = types.ModuleType("prepare", "what a train.py may use of prepare.py")
-    face.DEVICE, face.SEQ_LEN, face.VOCAB_SIZE, face.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
-    sys.modules["prepare"] = sys.modules["__main__"] = face
+    """Import a train.py as the module `candidate`."""
+    stub = types.ModuleType("prepare", "what a train.py may use of prepare.py")
+    stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
+    sys.modules["prepare"] = sys.modules["__main__"] = stub
+    refuse_modules(path.read_text(encoding="utf-8"))
     spec = importlib.util.spec_from_file_location("candidate", path)
     module = sys.modules["candidate"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def end_with_driver():
+    """End this process and its children when the driver, which holds our stdin open, ends.
+
+    A launcher that forwards no stdin brings no byte of the driver's. Its run is left alone.
+    """
+    pipe = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() finds no more
+
+    def watch():
+        if os.read(pipe, 1):                        # hello
+            while os.read(pipe, 1024):              # b"" at the end
+                pass
+            os.kill(0, signal.SIGKILL)              # 0: all of the own process group
+            os._exit(1)                             # SIGKILL spares the init of a container
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def peak_memory_mb() -> float:
@@ -861,19 +824,33 @@ def peak_memory_mb() -> float:
     if CUDA:
         return torch.cuda.max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024      # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    metal = torch.mps.driver_allocated_memory() if DEVICE == "mps" else 0
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + metal) / 1e6
 
 
-def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable, began: float
-            ) -> torch.nn.Module:
+def conditions(folder: Path, budget: float) -> dict:
+    """Return what makes two scores comparable, and what a researcher should know of the machine."""
+    meta, info = json.loads((folder / "meta.json").read_text()), Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    cpu = f"{[*names, platform.processor()][0]}, {os.cpu_count()} cores"
+    card = torch.cuda.get_device_name() if CUDA else ""
+    return {"data": meta["name"], "sha256": meta["sha256"], "budget": budget, "seq_len": SEQ_LEN,
+            "vocab_size": VOCAB_SIZE, "prepare": sha256([Path(__file__)])[:16],
+            "device": card or DEVICE, "torch": torch.__version__,
+            "threads": torch.get_num_threads() if DEVICE == "cpu" else 0, "processor": card or cpu,
+            "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
+                     DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()),
+            "train_tokens": meta["train_tokens"], "bytes_per_token": meta["bytes_per_token"]}
+
+
+def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> torch.nn.Module:
     """Train the train.py at `path` once and report. Raises Invalid, or what train() raises."""
     global _clock
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
-    tokenizer = Tokenizer(json.loads((folder / "tokenizer.json").read_text()))
-    clock = _clock = Clock(data["train"], seed, budget, tell)
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+    lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths()
+    clock = _clock = Clock(data.pop("train"), seed, budget, tell)
+    for set_seed in torch.manual_seed, np.random.seed, random.seed:
+        set_seed(seed)
     model = load_candidate(path).train()
     if not isinstance(model, torch.nn.Module):
         raise Invalid(f"train() returned {type(model).__name__}, not a torch.nn.Module")
@@ -881,66 +858,42 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable, 
     synchronize()
     if clock.start is None:
         raise Invalid("train() returned without drawing a batch from prepare.batches()")
-    train_seconds = clock.elapsed()
-    if train_seconds > clock.overtime():
+    train_seconds = seconds_now() - clock.start
+    slack = budget + max(OVERTIME * budget, ONE_STEP) - train_seconds
+    if not slack >= 0:
         raise Invalid(f"overtime: train() returned {train_seconds:.1f} s after its first batch; "
                       f"the budget is {budget:g} s and nothing may follow the last batch")
     clock.budget = 0.0      # no loop over batches() goes on from here
     tell("evaluation", limit=EVAL_LIMIT)
     memory, now = peak_memory_mb(), monotonic()
-    bpb = evaluate(model, {"val": data["val"], "test": data["test"]}, tokenizer.lengths())
+    if "torch._dynamo" in sys.modules:      # compiling for other shapes would take a minute
+        torch.compiler.set_stance("force_eager")
+    bpb = evaluate(model, data, lengths, slack)
     report = {"val_bpb": bpb["val"], "test_bpb": bpb["test"], "train_seconds": train_seconds,
-              "startup_seconds": clock.start - began, "eval_seconds": monotonic() - now,
-              "total_seconds": monotonic() - began, "peak_memory_mb": memory,
+              "startup_seconds": clock.startup, "eval_seconds": monotonic() - now,
+              "total_seconds": monotonic() - BEGAN, "peak_memory_mb": memory,
               "num_steps": clock.steps, "num_tokens": clock.seen,
               "num_params": sum(p.numel() for p in model.parameters())}
     tell("report", **report)
-    print(f"""---
-val_bpb:          {report["val_bpb"]:.6f}
-training_seconds: {train_seconds:.1f}
-total_seconds:    {report["total_seconds"]:.1f}
-startup_seconds:  {report["startup_seconds"]:.1f}
-eval_seconds:     {report["eval_seconds"]:.1f}
-peak_memory_mb:   {memory:.1f}
-num_steps:        {clock.steps}
-total_tokens_M:   {clock.seen / 1e6:.2f}
-tokens_per_s:     {clock.seen / train_seconds:.0f}
-num_params_M:     {report["num_params"] / 1e6:.2f}
-device:           {DEVICE}
-data:             {folder.name}""", flush=True)
+    for name, value in report.items():
+        if name != "test_bpb":      # no prompt may quote it from a log
+            print(f"{name + ':':17} {round(value, 6)}", flush=True)
     return model
 
 
-def process_start() -> float:
-    """Return when this process began, on the clock of monotonic(); where that is not known, now."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        up = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        return monotonic() - up
-    except (OSError, AttributeError):
-        return monotonic()
-
-
 def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
-    """Measure a train.py and return the exit code. What counts goes out on lines with `key` first.
-
-    `key` is a secret of this run, on the command line since that passes through every launcher.
-    sys.argv loses it before the candidate is imported, so what that prints is never believed; `ps`
-    still shows it, by which the driver finds runs that it left behind.
-    """
-    out = os.fdopen(os.dup(1), "w", buffering=1)
+    """Measure a train.py and return the exit code: 0 only after a report."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)    # not the sys.stdout that a candidate has
 
     def tell(event: str, **values):
         if key:
             out.write(f"\n{key} {json.dumps({'event': event, **values})}\n")
 
-    meta = json.loads((folder / "meta.json").read_text())
-    gpu = torch.cuda.get_device_name() if CUDA else DEVICE
-    tell("setup", limit=SETUP_LIMIT, device=gpu, budget=budget, data=meta["name"],
-         sha256=meta["sha256"], seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE,
-         prepare=sha256([Path(__file__)])[:16])
+    if key:
+        end_with_driver()
+    tell("setup", limit=SETUP_LIMIT, **conditions(folder, budget))
     try:
-        model = measure(path, seed, budget, folder, tell, process_start())
+        model = measure(path, seed, budget, folder, tell)
         if not key:     # for a person; the driver's runs have no use for it
             print(f"sample:           {sample(model, folder)[:240]!r}")
         return 0
@@ -975,8 +928,12 @@ def main():
     add("--budget", type=float, default=BUDGET, help="with --run: training seconds (%(default)s)")
     add("--folder", type=Path, help="with --run: a prepared folder, instead of the last one")
     add("--key", help="with --run: begin lines for the driver with this")
+    add("--devices", action="store_true", help="print names for CUDA_VISIBLE_DEVICES, and end")
     args = parser.parse_args()
     sys.argv[1:] = sys.orig_argv[1:] = []
+    if args.devices:
+        return print(",".join(devices()))
+    check_card()
     if args.run:
         if not args.run.exists():
             fail(f"--run {args.run}: no such file")

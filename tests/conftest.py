@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 
 # Several processes share the cores; to be said before anything imports torch.
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+               "CUDA_VISIBLE_DEVICES": "-1"}    # the setting for a CPU, everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))       # so that a test can say: import autoresearch
 SCRIPTED_RUN = f"{sys.executable} {ROOT / 'tests' / 'scripted_run.py'}"
 
 # A train.py that learns something in half a second: the next token from this one alone.
