@@ -21,9 +21,12 @@ def tell(event: str, **values):
     print(flags["--key"], json.dumps({"event": event, **values}), flush=True)
 
 
-tell("setup", limit=60, device="cpu", budget=float(flags.get("--budget", 1)), data="scripted",
-     sha256="0", seq_len=256, vocab_size=2048, prepare="0")
+tell("setup", limit=60, device="cpu", budget=float(flags.get("--budget", 60)), data="scripted",
+     sha256="0", seq_len=256, vocab_size=2048, prepare="0", torch="0", threads=1)
 tell("training", limit=60)
+print("loss 3.5")
+for share in range(1, 5):
+    tell("progress", share=share / 5, tokens_per_second=1000)
 for _ in range(int(10 * float((re.search(r"# sleep ([\d.]+)", source) or [0, 0])[1]))):
     tell("progress", share=0.5, tokens_per_second=1000)
     time.sleep(0.1)

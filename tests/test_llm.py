@@ -1,0 +1,159 @@
+"""The LLM's client against the answers that real servers give, over loopback."""
+
+import json
+
+import pytest
+from conftest import ScriptedLLM, edit
+
+import autoresearch as ar
+
+EDIT = edit("LR = 0.02", "LR = 0.06", "a higher rate")
+PROMPT = ("the rules", ["the incumbent", "the history"], "what holds now")
+KEY = "sk-very-secret"
+USAGE = {"prompt_tokens": "100", "completion_tokens": 30.0,     # some servers write them so
+         "prompt_tokens_details": {"cached_tokens": 70}}
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "a draft"}]}
+STREAM = [f'data: {{"choices": [{{"delta": {{"content": {json.dumps(part)}}}}}]}}\r\n\r\n'
+          for part in (EDIT[:50], EDIT[50:])]
+
+
+def answer(text: object, finish: object = "stop", **message) -> dict:
+    return {"choices": [{"message": {"content": text, **message}, "finish_reason": finish}],
+            "usage": USAGE}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ScriptedLLM([]) as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def client(server, monkeypatch):
+    """client(code, body, anthropic=False, **headers): an LLM whose server answers so."""
+    for name in "OPENAI_API_KEY", "ANTHROPIC_API_KEY":
+        monkeypatch.setenv(name, KEY)
+
+    def make(code: int, body: object, anthropic: bool = False, **headers: str) -> ar.LLM:
+        server.script[:], server.requests[:] = [lambda h: h.send(code, body, **headers)], []
+        return ar.LLM(server.anthropic_url if anthropic else server.url, "m")
+    return make
+
+
+@pytest.mark.parametrize("body, whole", [
+    (answer(EDIT), True), (answer(EDIT, None), True), (answer(None, reasoning=EDIT), True),
+    (answer("", reasoning_content=EDIT), True),
+    (answer([THOUGHT, {"type": "text", "text": EDIT}]), True),
+    ("\ufeff\n" + json.dumps(answer(EDIT)), True), ("".join(STREAM) + "data: [DONE]", True),
+    *[(answer(EDIT, end), False) for end in ("length", "content_filter", "model_length")],
+    (answer(""), False), (answer(None, reasoning="hm"), False), (STREAM[0], False),
+    (answer(EDIT, refusal="no"), False), ({"choices": [], "usage": USAGE}, False)])
+def test_a_reply_is_read_in_whatever_form_it_comes_and_its_tokens_count(client, body, whole):
+    got = client(200, body).ask(PROMPT, [])
+    assert got.whole is whole
+    assert not whole or got.text == EDIT
+    tokens = got.input_tokens, got.cached_tokens, got.output_tokens
+    assert "data:" in body or tokens == (100, 70, 30)
+    assert json.loads(json.dumps(got.raw))
+
+
+def test_anthropic_thoughts_are_no_reply_and_cached_tokens_count(client, server):
+    usage = {"input_tokens": 10, "cache_creation_input_tokens": 20, "cache_read_input_tokens": 70}
+    body = {"content": [THOUGHT, {"type": "text", "text": EDIT}], "stop_reason": "end_turn",
+            "usage": usage}
+    got = client(201, body, anthropic=True).ask(PROMPT, ["a reply", "a complaint"], room=50_000)
+    assert (got.text, got.input_tokens, got.cached_tokens, got.whole) == (EDIT, 100, 70, True)
+    path, headers, sent = server.requests[0]
+    assert path.endswith("/v1/messages") and headers["x-api-key"] == KEY
+    first, *turns = sent["messages"]
+    assert ["cache_control" in part for part in first["content"]] == [False, True, False]
+    assert [turn["role"] for turn in turns] == ["assistant", "user"]
+    assert sent["max_tokens"] == 50_000
+
+
+@pytest.mark.parametrize("code, words, kind", [
+    (401, f"no such key: {KEY}", ar.Stop), (402, "no credit", ar.Stop), (404, "nobody", ar.Stop),
+    (400, "max_tokens: 16000 > 8192 output tokens", ar.Stop), (307, "http://else.where", ar.Stop),
+    (429, "slow down", ar.Away), (529, "overloaded", ar.Away), (200, "no credits", ar.Away),
+    (200, "context length exceeded", ar.TooLong), (500, "context size", ar.TooLong),
+    (400, "9810 tokens do not fit in 8192", ar.TooLong), (413, "", ar.TooLong)])
+def test_a_refusal_ends_a_start_only_before_its_first_good_reply(client, code, words, kind):
+    llm = client(code, {"error": {"message": words}}, Location=words)
+    for llm.answered, expected in (False, kind), (True, ar.Away):
+        with pytest.raises(expected) as error:
+            llm.ask(PROMPT, [])
+        said = str(error.value.args[0])
+        assert f"HTTP {code}" in said and words.replace(KEY, "") in said and KEY not in said
+        assert ("redirect to" in said) is (code == 307)
+        assert "\n" not in said and (expected is not ar.Stop or "--base-url" in said)
+
+
+@pytest.mark.parametrize("body", ["<html>Sign in</html>", "[" * 9999, json.dumps(answer(EDIT))[:99],
+                                  "null", "[1]", 'data: {"error": "overloaded"}'])
+def test_what_is_no_answer_is_shown_in_the_servers_words(client, body):
+    with pytest.raises(ar.Away, match="HTTP 200 from http://127") as error:
+        client(200, body).ask(PROMPT, [])
+    assert body[:60].replace('"', "'") in error.value.args[0]
+
+
+@pytest.mark.parametrize("asked, low, high", [
+    ("7", 7, 7), ("soon", 0, 0), ("Wed, 25 Nov 2099 12:00:00 GMT", 1e9, 4e9),
+    ("Wed, 25 Nov 2020 12:00:00 GMT", 0, 0)])
+def test_retry_after_is_read_as_seconds_or_as_a_date(client, asked, low, high):
+    with pytest.raises(ar.Away) as error:
+        client(429, {}, Retry_After=asked).ask(PROMPT, [])
+    assert low <= error.value.args[1] <= high
+
+
+@pytest.mark.parametrize("offered, choice", [
+    ({"data": [{"id": "nomic-embed"}, {"id": "tts-1"}, {"id": "chat"}]}, "chat"),
+    ([{"id": "chat"}], "chat"), ({"models": [{"name": "chat"}]}, "chat"), ({"data": []}, None),
+    ({"error": "no such path"}, None), ({"data": [{"id": f"m{i}"} for i in range(21)]}, None)])
+def test_the_first_chat_model_is_chosen_or_a_choice_asked_for(client, server, offered, choice,
+                                                              monkeypatch):
+    llm = client(200, answer(EDIT))
+    llm.model = ""
+    monkeypatch.setattr(server.RequestHandlerClass, "do_GET", lambda h: h.send(200, offered))
+    if not choice:
+        with pytest.raises(ar.Stop, match="--model"):
+            llm.ask(PROMPT, [])
+    else:
+        llm.ask(PROMPT, [])
+        assert llm.model == server.requests[0][2]["model"] == choice
+
+
+@pytest.mark.parametrize("prompt_tokens, warned", [(100, False), (4096, True), (9000, False)])
+def test_a_prompt_that_the_server_cut_is_noticed(client, prompt_tokens, warned):
+    llm = client(200, answer(EDIT) | {"usage": {"prompt_tokens": prompt_tokens}})
+    llm.ask(PROMPT, [])
+    assert ("OLLAMA_CONTEXT_LENGTH" in llm.warning) is warned
+
+
+def test_a_server_on_this_machine_is_asked_without_proxy_and_netrc(client, server, tmp_path,
+                                                                   monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    assert client(200, answer(EDIT)).ask(PROMPT, []).whole
+    _, headers, sent = server.requests[0]
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert [said["content"] for said in sent["messages"]] == [
+        "the rules", "the incumbentthe historywhat holds now"]
+
+
+@pytest.mark.parametrize("url, kind, why", [
+    ("http://127.0.0.1:9/v1", ar.Away, "Connection refused"),
+    ("localhost:9/v1", ar.Stop, "No connection adapters")])
+def test_a_connection_that_fails_says_why(url, kind, why):
+    with pytest.raises(kind, match=why):
+        ar.LLM(url, "m").ask(PROMPT, [])
+
+
+@pytest.mark.parametrize("base, url", [
+    ("http://x/v1/chat/completions/", "http://x/v1"), ("http://x/v1//", "http://x/v1"),
+    ("http://x/anthropic", "http://x/anthropic/v1"), (None, "http://y/v1")])
+def test_a_base_url_is_taken_in_its_usual_forms(base, url, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://y")
+    assert ar.LLM(base, "m").url == url

@@ -1,0 +1,89 @@
+import re
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from conftest import ROOT
+
+import autoresearch as ar
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def dot(val, status="discard", by="llm", number=1, runs=1, **other):
+    """A ledger row, as results.tsv gives it: all strings."""
+    return {"val_bpb": f"{val:.6f}", "status": status, "by": by, "experiment": str(number),
+            "runs": "" if status == "crash" else ",".join([f"{val:.6f}"] * runs),
+            "description": "an idea", "test_bpb": f"{val + 0.02:.6f}", "reason": "because",
+            "train_seconds": "60", "total_seconds": "80", "input_tokens": "500",
+            "output_tokens": "30"} | other
+
+
+BASELINE, KEPT = dot(1.45, "keep", "baseline", 0, 3), dot(1.40, "keep", runs=2)
+CONFIRMED = {"incumbent": 1, "n": 5, "gain": 0.048, "error": 0.002}     # no test_gain
+NOTHING = "nothing better than the baseline was kept"
+
+
+def nodes(rows, kind, noise=0.004, confirmed=None):
+    return list(ElementTree.fromstring(ar.progress_svg(rows, noise, confirmed)).iter(SVG + kind))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.004])
+@pytest.mark.parametrize("rows", [[], [BASELINE], [dot(0, "crash")] * 3, [BASELINE, dot(1.45)]])
+def test_a_ledger_without_a_gain_is_drawn_and_says_so(rows, noise):
+    assert NOTHING in [node.text for node in nodes(rows, "text", noise, CONFIRMED)]
+    report = ar.summary(rows, noise, CONFIRMED, {})
+    assert NOTHING in report and "±" not in report and "--confirm" not in report
+
+
+@pytest.mark.parametrize("confirmed", [None, CONFIRMED | {"incumbent": 7}, {"incumbent": 1}])
+def test_a_gain_is_as_selected_until_it_is_confirmed_for_this_incumbent(confirmed):
+    for given, title in ((confirmed, "gain 0.050 ± 0.005, as selected"),   # 0.006 √(1/3 + 1/2)
+                         (CONFIRMED, "gain 0.048 ± 0.002, confirmed on 5 fresh seeds")):
+        report = ar.summary([BASELINE, KEPT], 0.006, given, {})
+        drawn = [node.text for node in nodes([BASELINE, KEPT], "text", 0.006, given)]
+        assert title in drawn and title in report
+        assert report.endswith("--confirm 5") == (given is confirmed)
+
+
+def test_a_summary_counts_what_came_of_the_night_and_tokens_only_with_an_llm():
+    rows = [BASELINE, KEPT, dot(1.5), dot(0, "crash", train_seconds="", total_seconds="")]
+    report = ar.summary(rows, 0.006, None, {})
+    assert "3 experiments: 1 kept, 1 discarded, 1 crashed; 75% of the time was" in report
+    assert re.search(r"#1 .*1\.400000 .*an idea .*test_bpb 1\.420000", report)
+    assert "tokens" not in report
+    report = ar.summary(rows, 0.006, None, {"calls": 4, "cached": 7, "wasted": 3})
+    assert "2000 tokens in (7 cached), 120 out, 4 calls, 3 led to nothing" in report
+
+
+def test_every_experiment_is_drawn_once_in_its_researchers_colour_and_outliers_at_an_edge():
+    rows = [BASELINE, KEPT, dot(0, "crash", "search", val_bpb=""), dot(9.9),
+            dot(1.2, by="<&\x00>")]
+    edge = {n.text: int(n.get("y")) - 6 for n in nodes(rows, "text") if n.text in ("×", "▲")}
+    assert edge == {"×": ar.HEIGHT, "▲": 0}
+    dots = nodes(rows, "circle")
+    assert [n.get("r") for n in dots] == ["7", "7", "4"] and dots[2].get("cy") == f"{ar.HEIGHT}"
+    groups = {g.find(SVG + "text").text: g.get("fill") for g in nodes(rows, "g")}
+    assert groups["● llm: 1 of 2 kept"] == ar.COLOURS["llm"] and "● <& >: 0 of 1 kept" in groups
+    x, y = int(dots[1].get("cx")), int(dots[1].get("cy"))
+    steps = [n.get("d") for n in nodes(rows, "path")]
+    assert steps[0].endswith(f"H{x}") and steps[1:] == [f"M{x} {y}H{ar.WIDTH}"]
+    for noise, thick in (0, "2"), (0.004, "14"), (1, "17"):     # visible, to scale, bounded
+        assert nodes(rows, "path", noise)[0].get("stroke-width") == thick
+
+
+def test_a_line_is_printed_above_the_live_one_which_a_log_does_not_get(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "5")
+    for terminal, expected in ((False, "said\n"), (True, "\r\033[Klive\r\033[Ksaid\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        ar.show("live line")
+        ar.say("said")
+        assert capsys.readouterr().out == expected
+
+
+def test_the_picture_in_the_readme_is_what_its_log_gives(monkeypatch):
+    monkeypatch.setattr(ar, "LEDGER", ROOT / "tests" / "night.tsv")
+    rows = ar.read_ledger(repair=False)
+    noise = ar.pooled_noise([ar.scores_of(row) for row in rows])
+    picture = ROOT / "tests" / "night.svg"
+    assert ar.progress_svg(rows, noise, None) == picture.read_text("utf-8")
