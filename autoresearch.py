@@ -28,7 +28,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import email.utils
 import errno
 import functools
 import hashlib
@@ -274,7 +273,7 @@ REFUSED = {     # pattern of as_text(node): why. In strings too, for str.format(
         "no files, no text that runs as code, no attributes by computed names",
     r"^Attribute (?!Constant)\w+ format(_map)?\b": "no computed formats: use an f-string",
     r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b":
-        "the driver chooses seeds and threads",
+        "the driver chooses the seed and the threads",
     rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | [acgt]\w_frame
         | f_(back | builtins | globals | locals))\b""": "no files, no way into the interpreter"}
 
@@ -420,8 +419,11 @@ def log_end(path: Path, lines: int = 30) -> str:
 # 6  LLM: OpenAI-compatible chat completions and Anthropic messages, over raw HTTP
 
 Prompt = tuple[str, list[str], str]     # system text, parts that only grow, what holds now
+# whole: neither cut nor empty nor refused. input_tokens: of the whole prompt, cached or not.
+Answer = collections.namedtuple(
+    "Answer", "text whole finish input_tokens cached_tokens output_tokens raw")
 # Looked up on 2026-11-25: the migration guide of Sonnet 5.5 at platform.claude.com, and a copy of
-# OpenAI's deprecations of June 2026, where gpt-5.5 replaces older chat models.
+# OpenAI's deprecations (May 2026), where gpt-5.5 replaces older chat models.
 DEFAULT = {"anthropic": "claude-sonnet-5-5", "openai": "gpt-5.5"}
 NO_CHAT = re.compile("embed|bge|rerank|whisper|tts|audio|speech|moderation|dall-e|image", re.I)
 # The words of a refusal of a long prompt. With max_tokens in them they are about the reply.
@@ -436,66 +438,22 @@ class TooLong(Away):
     """The prompt does not fit into the model's context: ask with less history."""
 
 
-@dataclasses.dataclass
-class Answer:
-    text: str
-    whole: bool             # neither cut nor empty nor refused
-    finish: str             # how it ended, in the server's words
-    input_tokens: int       # of the whole prompt, cached or not
-    cached_tokens: int
-    output_tokens: int
-    raw: dict               # the server's whole response
-
-
-def openai(prompt: Prompt, turns: list[dict]) -> tuple[str, dict]:
-    """Return (path, body). Only what is needed: some models refuse a temperature, say."""
-    system, stable, now = prompt
-    first = {"role": "user", "content": "".join(stable) + now}
-    return "/chat/completions", {"messages": [{"role": "system", "content": system}, first, *turns]}
-
-
-def anthropic(prompt: Prompt, turns: list[dict]) -> tuple[str, dict]:
-    """The same. Marks how far the prompt will be the same next time, for its cache."""
-    system, stable, now = prompt
-    blocks = [{"type": "text", "text": text} for text in (system, *stable, now) if text]
-    # An hour, since the next call comes after the next run: the usual 5 minutes are too short.
-    blocks[0]["cache_control"] = blocks[-2]["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
-    first = {"role": "user", "content": blocks[1:]}     # a limit of output is required here
-    return "/messages", {"max_tokens": 16_000, "system": blocks[:1], "messages": [first, *turns]}
-
-
-def dig(data: object, *path: str) -> object:
-    """Return what stands at a path in JSON, or None. Of a list it takes the first item."""
-    for key in path:
-        data = data[0] if isinstance(data, list) and data else data
-        data = data.get(key) if isinstance(data, dict) else None
-    return data
-
-
-def joined(stream: str) -> dict:
-    """Return the response that a stream of events adds up to; {} if the text is no stream."""
-    pieces = re.findall(r'^data:.*"(?:content|text)": ?("(?:[^"\\]|\\.)*")', stream, re.M)
-    ends = re.findall(r'^data:.*"(?:finish|stop)_reason": ?"(\w+)"', stream, re.M)
-    ends = ends or ["stop" if "[DONE]" in stream else "broken off"]
-    usage = dict(re.findall(r'"(\w+_tokens)": ?(\d+)', stream))
-    text = "".join(json.loads(piece) for piece in pieces)
-    return {"content": text, "stop_reason": ends[-1], "usage": usage} if pieces else {}
-
-
 def read_answer(data: dict) -> Answer:
     """Read a response in either format. Whatever a server leaves out is empty or 0."""
-    message = dig(data, "choices", "message")
-    content = dig(message, "content") or dig(data, "content")
-    parts = content if isinstance(content, list) else [content]     # a thought has no "text"
-    text = "".join(said for part in parts if isinstance(said := dig(part, "text") or part, str))
-    thought = str(dig(message, "reasoning_content") or dig(message, "reasoning"))
+    if not any(map(data.get, ("choices", "content", "usage"))):
+        raise LookupError("an error, in spite of its HTTP code")
+    choice = (data["choices"] or [{}])[0] if "choices" in data else data
+    message = choice.get("message") or choice
+    parts = message.get("content") or ""        # of its parts, a thought has no "text"
+    text = parts if isinstance(parts, str) else "".join(part.get("text") or "" for part in parts)
+    thought = str(message.get("reasoning_content") or message.get("reasoning"))
     if not text.strip() and re.search(r"<<< ?SEARCH|```.*^def train\b", thought, re.S | re.M):
         text = thought          # some servers file a whole reply under reasoning
-    finish = one_line(str(dig(message, "refusal") or dig(data, "error") or dig(
-        data, "choices", "finish_reason") or dig(data, "stop_reason") or ""))
+    ends = message.get("refusal"), data.get("error"), choice.get("finish_reason")
+    finish = one_line(str(next(filter(None, ends), choice.get("stop_reason") or "")))
     whole = finish.lower() in ("", "stop", "end_turn", "stop_sequence", "eos", "eos_token")
     # The counts may be strings, floats or null. Of equal names the first counts.
-    counts = re.findall(r'"(\w+_tokens)": "?(\d{1,12})', json.dumps(dig(data, "usage")))
+    counts = re.findall(r'"(\w+_tokens)": "?(\d{1,12})', json.dumps(data.get("usage")))
     usage = collections.Counter({name: int(count) for name, count in reversed(counts)})
     cached = usage["cached_tokens"] or usage["cache_read_input_tokens"]
     # OpenAI's prompt_tokens include the cached ones, Anthropic's input_tokens do not.
@@ -511,28 +469,26 @@ class LLM:
     def __init__(self, base_url: str | None, model: str | None):
         env = os.environ.get
         base = base_url or env("OPENAI_BASE_URL") or ""
-        claude = "anthropic" in base or not base and (
+        self.claude = "anthropic" in base or not base and bool(
             env("ANTHROPIC_API_KEY") or env("ANTHROPIC_BASE_URL"))
-        owner, self.format = ("anthropic", anthropic) if claude else ("openai", openai)
+        owner = "anthropic" if self.claude else "openai"
         base = base or env(f"{owner.upper()}_BASE_URL") or f"https://api.{owner}.com/v1"
         self.url = re.sub("(/chat/completions|/messages)?/*$", "", base.strip(), count=1)
-        if claude and not re.search("/v[0-9]", self.url):
+        if self.claude and not re.search("/v[0-9]", self.url):
             self.url += "/v1"           # ANTHROPIC_BASE_URL is usually given without
         self.key = "".join(env(f"{owner.upper()}_API_KEY", "").split())
-        secret = {"x-api-key": self.key} if claude else {"Authorization": f"Bearer {self.key}"}
-        self.headers = {"Content-Type": "application/json", "anthropic-version": "2023-06-01"}
-        self.headers |= secret if self.key else {}      # a server of one's own needs none
         self.model = model or (DEFAULT[owner] if f"//api.{owner}.com" in self.url else "")
         self.answered, self.warning = False, ""
 
-    def http(self, path: str, body: dict | None = None) -> object:
-        """Send a request, a POST if it has a body, and return its JSON. Raises Away or Stop."""
-        local = re.match(r"https?://(localhost|127\.|0\.0\.0\.0|\[::1\])", self.url)
+    def http(self, path: str, body: dict | None, read: Callable) -> object:
+        """Send a request, and return what read() makes of its JSON. Raises Away or Stop."""
+        local = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
+        secret = {"x-api-key": self.key} if self.claude else {"Authorization": f"Bearer {self.key}"}
         text, wait = None, 0
         try:
             answer = requests.request(
-                "POST" if body else "GET", self.url + path, headers=self.headers,
-                data=body and json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"),
+                "POST" if body else "GET", self.url + path, json=body,
+                headers={"anthropic-version": "2023-06-01"} | (secret if self.key else {}),
                 timeout=(10, 1800),             # a slow local model may need half an hour
                 allow_redirects=False,          # a redirect might lead the key elsewhere
                 auth=lambda request: request,   # else ~/.netrc would replace our header
@@ -540,18 +496,15 @@ class LLM:
             code, what = answer.status_code, f"HTTP {answer.status_code}"
             text = answer.content.decode("utf-8-sig", "replace")
             if code // 100 == 2:
-                data = joined(text) or json.loads(text)
-                paid = [dig(data, name) for name in ("choices", "content", "usage")]
-                if not body or paid != [None] * 3:      # else it is an error, in spite of its code
-                    return data
+                return read(json.loads(text))
             text = f"redirect to {answer.headers['Location']}" if answer.is_redirect else text
-            after = answer.headers.get("Retry-After")       # seconds, or a date
-            date = email.utils.parsedate_tz(after)
-            wait = max(0, email.utils.mktime_tz(date) - time.time() if date else float(after or 0))
-        except (OSError, ValueError, RecursionError) as error:
-            if text is None:        # no answer. ValueError: the URL, the key or a proxy is at fault
+            wait = max(0, float(answer.headers.get("Retry-After", 0)))      # 0 if it is a date
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            if text is None:        # no answer; by a ValueError: a bad URL, key or proxy
                 code, what = 400 if isinstance(error, ValueError) else 503, type(error).__name__
                 text = str(error).rpartition("Caused by ")[2]       # the reason stands last
+            elif re.search("^data:", text, re.M):
+                code, text = 502, f"a stream, which was not asked for: {text}"
         words = one_line(f"{what} from {self.url}{path}: {text}".replace(self.key or "\0", "KEY"))
         if code == 413 or code in (200, 400, 422, 500) and LONG.search(one_line(text, 2000)):
             raise TooLong(words, wait)
@@ -561,27 +514,39 @@ class LLM:
 
     def choose_model(self) -> str:
         """Return the first chat model that the server offers."""
-        data = self.http("/models")
-        offered = data if isinstance(data, list) else dig(data, "data") or dig(data, "models") or []
-        names = [dig(item, "id") or dig(item, "name") or item for item in offered]
-        chat = [name for name in names if isinstance(name, str) and not NO_CHAT.search(name)]
-        if not 0 < len(chat) <= 20:
-            some = one_line(", ".join(chat[:5]) or json.dumps(data), 150)
+        def first(data: dict | list) -> str:
+            items = data if isinstance(data, list) else data.get("data") or data.get("models") or []
+            names = [item if isinstance(item, str) else item.get("id") or item["name"]
+                     for item in items]
+            chat = [name for name in names if not NO_CHAT.search(name)]
+            if 0 < len(chat) <= 20:
+                return chat[0]
+            some = one_line(str(chat or data), 150)
             raise Stop(f"{self.url} offers {len(chat)} chat models ({some}): choose with --model")
-        return chat[0]
+        return self.http("/models", None, first)
 
     def ask(self, prompt: Prompt, turns: list[str], room: int = 0) -> Answer:
         """Send one request: a prompt and the turns since (reply, complaint, ...)."""
         self.model = self.model or self.choose_model()
+        system, stable, now = prompt
+        rules = {"role": "system", "content": system}
+        first = {"role": "user", "content": "".join(stable) + now}
         roles = itertools.cycle(("assistant", "user"))
         later = [{"role": role, "content": text} for role, text in zip(roles, turns)]
-        path, body = self.format(prompt, later)
-        # OpenAI's reasoning models know only the new name of the limit, other servers the old.
-        limit = "max_completion_tokens" if "//api.openai.com" in self.url else "max_tokens"
-        body |= {"model": self.model} | ({limit: room} if room else {})
-        answer = read_answer(self.http(path, body))
+        body = {"model": self.model, "messages": [rules, first, *later]}
+        if self.claude:
+            blocks = [{"type": "text", "text": text} for text in (system, *stable, now) if text]
+            # It caches up to a mark. An hour, since the next call comes after the next run.
+            mark = {"type": "ephemeral", "ttl": "1h"}
+            blocks[0]["cache_control"] = blocks[-2]["cache_control"] = mark
+            first["content"] = blocks[1:]
+            body |= {"max_tokens": 16_000, "system": blocks[:1], "messages": [first, *later]}
+        if room:        # OpenAI knows the new name alone, others the old
+            official = "//api.openai.com" in self.url
+            body["max_completion_tokens" if official else "max_tokens"] = room
+        answer = self.http("/messages" if self.claude else "/chat/completions", body, read_answer)
         self.answered = self.answered or answer.whole
-        # A token is 3 to 4 characters. If it seems to be more than 5, the server cut the prompt.
+        # A token is 3 to 4 characters. With more than 5, the prompt was cut.
         if answer.input_tokens == 4096 or 1000 < answer.input_tokens < len(str(body)) / 5:
             self.warning = (f"{self.url} read only the last {answer.input_tokens} tokens of the "
                             f"prompt: start Ollama with OLLAMA_CONTEXT_LENGTH=32768")

@@ -3,7 +3,7 @@
     python prepare.py                     # prepare the default data: c4 with CUDA, stdlib without
     python prepare.py --data stdlib       # the Python sources of every installation; no network
     python prepare.py --data tinystories  # children's stories, 2.2 GB
-    python prepare.py --data c4:8         # eight shards of web text, 0.8 GB of text each
+    python prepare.py --data c4:8         # eight shards of web text, 0.8 GB each
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
     python prepare.py --devices           # names of the GPUs, for CUDA_VISIBLE_DEVICES
 
@@ -16,7 +16,6 @@ import argparse
 import ast
 import collections
 import copy
-import errno
 import functools
 import gzip
 import hashlib
@@ -39,11 +38,9 @@ import time
 import traceback
 import types
 import unicodedata
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import monotonic, thread_time  # bound, as cross_entropy is, before a candidate runs
-from typing import IO, NoReturn
 
 try:
     import fcntl
@@ -52,6 +49,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"prepare.py: {missing}. On Windows, run this inside WSL2") from None
 
 BEGAN = monotonic()     # before the seconds that torch takes to import
+
 # Threads that spin while they wait made a run on a busy machine 15 times slower. torch reads this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -60,8 +58,7 @@ import requests
 import torch
 from torch.nn.functional import cross_entropy
 
-# --------------------------------------------------------------------------------------------------
-# 1  Scale: what the machine has decides between two settings of the same constants
+# ---- 1  Scale: what the machine has decides between two settings of the same constants -----------
 
 DEVICE = ("cuda" if torch.cuda.is_available() else
           "mps" if torch.backends.mps.is_available() else "cpu")
@@ -72,22 +69,15 @@ BUDGET = 300 if CUDA else 60           # seconds of training in a run
 DEFAULT_DATA = "c4" if CUDA else "stdlib"
 
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
-EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in each of val and test, or all there is
+EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in val and in test, if there are so many
 MIN_WINDOWS = 64           # below this a score would say little
-OVERTIME = 0.02            # share of the budget for work after the last batch, such as averaging
-                           # weights; 2% more training is worth about 0.002 bpb, less than the noise
+OVERTIME = 0.02            # share of the budget for work after the last batch; worth 0.002 bpb
 ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # seconds of it that a short budget has all the same
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
 EVAL_LIMIT = 180 if CUDA else 300               # wall-clock seconds for evaluation
 
 END = VOCAB_SIZE - 1       # the token that ends a document; it stands for no bytes
-LN2 = math.log(2)          # nats in a bit
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
-
-
-def fail(message: str) -> NoReturn:
-    """End with one line and exit code 1: a person's mistake or the world's, not a bug."""
-    raise SystemExit(f"prepare.py: {message}")
 
 
 def sha256(paths: list[Path]) -> str:
@@ -99,38 +89,27 @@ def sha256(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def devices() -> list[str]:
-    """Return a name for CUDA_VISIBLE_DEVICES for each CUDA device that torch sees."""
-    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = map(str, range(count)) if visible is None else visible.split(",")
-    return list(names)[:count]      # CUDA ignores names from the first that it does not know
-
-
 def check_card():
     """End if torch cannot compute on the GPU; warn if it sees none where one is."""
-    if CUDA:
-        try:
-            torch.ones(1, device="cuda").item()     # the smallest of kernels
-        except RuntimeError as error:
-            card = torch.cuda.get_device_capability()
-            fail(f"the GPU has capability {card}, torch {torch.__version__} is built for "
-                 f"{torch.cuda.get_arch_list()} ({str(error).splitlines()[0]}): install a torch "
-                 f"built for it, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU")
-    hidden = "CUDA_VISIBLE_DEVICES" in os.environ       # on purpose
-    if DEVICE == "cpu" and not hidden and shutil.which("nvidia-smi"):
-        print(f"WARNING: all of this runs on the CPU, since torch {torch.__version__} (CUDA: "
-              f"{torch.version.cuda}) cannot use the NVIDIA GPU. nvidia-smi says which CUDA the "
-              f"driver supports: install a torch for that, or a newer driver", file=sys.stderr)
+    try:
+        torch.ones(1, device="cuda" if CUDA else "cpu").item()      # the smallest of kernels
+    except RuntimeError as error:
+        sys.exit(f"prepare.py: {str(error).splitlines()[0]}: torch is built for "
+                 f"{torch.cuda.get_arch_list()}, the GPU is {torch.cuda.get_device_capability()}: "
+                 f"install a torch for it, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU")
+    # CUDA_VISIBLE_DEVICES hides a GPU on purpose.
+    if DEVICE == "cpu" and "CUDA_VISIBLE_DEVICES" not in os.environ and shutil.which("nvidia-smi"):
+        print(f"WARNING: torch {torch.__version__} (CUDA: {torch.version.cuda}) cannot use the "
+              f"NVIDIA GPU: install a torch for the CUDA that nvidia-smi names", file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2  Documents: a source is a list of files, and a function that yields the documents of one
+# ---- 2  Documents: a source is a list of files, and a function that yields the documents of one --
 
 SPLITS = "train", "val", "test"
 PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
 SHORTEST = 64       # characters: a document with less than this is dropped
 MANY_FILES = 50     # from so many files on, a file is whole in one split
-TRIES = 5           # downloads that bring nothing, in a row, until one gives up: 8 to 15 seconds
+TRIES = 5           # requests in a row that bring nothing, until one gives up: 15 seconds
 
 
 def text_pieces(path: Path) -> Iterator[str]:
@@ -151,9 +130,8 @@ def json_texts(path: Path) -> Iterator[str]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             yield from (json.loads(line)["text"] for line in lines)
-    except (EOFError, KeyError, TypeError, ValueError, zlib.error, gzip.BadGzipFile) as error:
-        path.unlink()
-        raise gzip.BadGzipFile(f"{path} was corrupt ({error}) and is deleted") from error
+    except Exception as error:
+        raise OSError(f"{path} is corrupt ({error}): delete it, to fetch it again") from error
 
 
 def is_text(path: Path) -> bool:
@@ -164,50 +142,45 @@ def is_text(path: Path) -> bool:
         return False
 
 
-def download(url: str, path: Path) -> Path:
-    """Fetch `url` to `path`, unless it is there; go on where an earlier try stopped."""
-    part, failures = path.with_name(path.name + ".part"), 0
+def download(url: str, folder: Path) -> Path:
+    """Fetch `url` into `folder`, unless it is there; go on where an earlier try stopped."""
+    path = folder / url.rpartition("/")[2]
+    part, failures = folder / f"{path.name}.part", 0
     while not path.exists():
-        before = have = part.stat().st_size if part.exists() else 0
+        have = part.stat().st_size if part.exists() else 0
         headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
         try:
             with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
                 if answer.status_code != 416:       # else nothing is left to fetch
                     answer.raise_for_status()
-                    if answer.status_code != 206:   # the server ignores Range and sends all of it
-                        have = 0
-                    total = have + int(answer.headers.get("Content-Length", 0))
-                    print(f"{path.name}: {have / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
-                    with part.open("ab" if have else "wb") as file:
-                        for chunk in answer.iter_content(1 << 16):
-                            have += file.write(chunk)
-                    if have < total or not have:    # not every version of requests raises
-                        raise requests.ConnectionError(f"{have} of {total} bytes came")
+                    print(f"{url}: fetching from byte {have} on", flush=True)
+                    # Any answer but 206 ignores Range and brings all of the file.
+                    with part.open("ab" if answer.status_code == 206 else "wb") as file:
+                        file.writelines(answer.iter_content(1 << 16))   # raises if less comes
+            if not part.stat().st_size:
+                raise requests.ConnectionError("nothing came")
             part.replace(path)
         except requests.RequestException as error:
-            failures = 1 if have > before else failures + 1     # in a row, without a byte
+            grown = part.exists() and part.stat().st_size > have
+            failures = 1 if grown else failures + 1
             if failures == TRIES or getattr(error.response, "status_code", 0) in (401, 403, 404):
                 raise
-            pause = 2 ** (failures - 1) * random.uniform(0.5, 1)
-            print(f"{path.name}: {error}; again in {pause:.1f} s", file=sys.stderr)
-            time.sleep(pause)
+            print(f"{path.name}: {error}; again in {2 ** failures / 2} s", file=sys.stderr)
+            time.sleep(2 ** failures / 2)
     return path
 
 
 def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
     """Return (name, files, what yields the documents of a file), and download what is missing."""
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co") + "/datasets"
     path, folder = Path(data).expanduser(), CACHE / "downloads"
-    folder.mkdir(parents=True, exist_ok=True)
     if data == "tinystories":
-        name = "TinyStoriesV2-GPT4-train.txt"
-        url = f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{name}"
-        return data, [download(url, folder / name)], text_pieces
+        url = f"{hub}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
+        return data, [download(url, folder)], text_pieces
     c4 = re.fullmatch(r"c4(?::(\d+))?", data)
     if c4 and 1 <= (shards := int(c4[1] or 4)) <= 1024:
-        names = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)]
-        url = f"{hub}/datasets/allenai/c4/resolve/main/en"
-        return f"c4-{shards}", [download(f"{url}/{n}", folder / n) for n in names], json_texts
+        url = f"{hub}/allenai/c4/resolve/main/en/c4-train.{{:05d}}-of-01024.json.gz"
+        return f"c4-{shards}", [download(url.format(i), folder) for i in range(shards)], json_texts
     if data == "stdlib":
         name, path = data, Path(sysconfig.get_path("stdlib"))
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test",     # not everywhere
@@ -218,11 +191,11 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
         files = [f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path)}"]   # not hidden
         files = [f for f in files or [path] if f.is_file()]
     else:
-        fail(f"--data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to 1024 shards, or "
-             f"a file or folder that exists")
+        sys.exit(f"prepare.py: --data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to "
+                 f"1024 shards, or a file or folder that exists")
     good = [f for f in sorted(files) if is_text(f)]
     if not good:
-        fail(f"no text in {data}: --data PATH takes a file or a folder of UTF-8 text")
+        sys.exit(f"prepare.py: no text in {data}: --data takes a file or a folder of UTF-8 text")
     if len(good) < len(files):
         print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: empty, not UTF-8, "
               f"or unreadable")
@@ -230,11 +203,7 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
 
 
 def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tuple[str, str]]:
-    """Yield (split, text) of each document, always in the same order; share: of val, and of test.
-
-    A document goes to the split that is furthest behind its share, so that val and test come from
-    all over the text. Near-empty documents and exact duplicates are dropped.
-    """
+    """Yield (split, text) of each document, always in the same order; share: of val, of test."""
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
     together = reader is text_pieces and len(files) >= MANY_FILES   # since a file repeats itself
@@ -246,14 +215,14 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
             if len(text.strip()) < SHORTEST or key in seen:
                 continue
             seen.add(key)
+            # The split that is furthest behind: val and test come from all over the text.
             if not (split and together):
                 split = min(SPLITS, key=lambda s: size[s] / shares[s])
             size[split] += len(text)
             yield split, text
 
 
-# --------------------------------------------------------------------------------------------------
-# 3  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
+# ---- 3  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
 
 # Every character falls into exactly one word, as in GPT-2. A letter keeps its marks: \w lacks them,
 # and the vowels of Hindi and Thai are marks. Words are bounded, so that encoding stays linear.
@@ -355,11 +324,7 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
     return merges
 
 
-# --------------------------------------------------------------------------------------------------
-# 4  Tokens: the documents of each split as one flat file of uint16
-
-_tokenizer: Tokenizer       # of a worker process
-
+# ---- 4  Tokens: the documents of each split as one flat file of uint16 ---------------------------
 
 def start_worker(merges: list[tuple[int, int]]):
     global _tokenizer
@@ -379,68 +344,49 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
     # A GPU needs more tokens for its longer windows; 7.9 MB of Python sources have to be enough.
     small = sum(file.stat().st_size for file in files) < 100e6
     share = (0.08 if CUDA else 0.06) if small else 0.01
-    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens", flush=True)
+    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens, then encoding", flush=True)
     texts = (text for split, text in documents(files, reader, share) if split == "train")
     merges = learn_merges(texts, VOCAB_SIZE - 257)
     (folder / "tokenizer.json").write_text(json.dumps(merges))
-    print(f"{name}: encoding", flush=True)
     bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
     count = size = 0
-    affinity = getattr(os, "sched_getaffinity", None)       # what we may use; unknown on a Mac
-    with multiprocessing.Pool(affinity and len(affinity(0)), start_worker, [merges]) as pool:
+    with multiprocessing.Pool(torch.get_num_threads(), start_worker, [merges]) as pool:
         # In order; the pipe to the workers keeps imap from reading far ahead.
-        stream = documents(files, reader, share)
-        for split, length, tokens in pool.imap(encode_document, stream, chunksize=50):
-            bins[split].write(tokens)
+        for split, length, data in pool.imap(encode_document, documents(files, reader, share), 50):
+            bins[split].write(data)
             count, size = count + 1, size + length
     tokens = {split: file.tell() // 2 for split, file in bins.items()}
     for file in bins.values():
         file.close()
-    bytes_per_token = size / max(1, sum(tokens.values()) - count)       # END has no bytes
     need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test
-    if min(tokens["val"], tokens["test"]) < need:
-        enough = 1.2 * need * (bytes_per_token or 3) / share
-        fail(f"too little text in {name}: {size / 1e6:.2f} MB, and a score needs about "
-             f"{enough / 1e6:.1f} MB: add text")
+    if min(tokens["val"], tokens["test"]) < need:       # of 5 bytes at most, on average
+        sys.exit(f"prepare.py: too little text in {name}: a score needs about "
+                 f"{5 * need / share / 1e6:.1f} MB at most")
+    bytes_per_token = round(size / (sum(tokens.values()) - count), 4)       # END has no bytes
+    print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
     (folder / "meta.json").write_text(json.dumps({
-        "name": name, "documents": count, "text_mb": round(size / 1e6, 3),
-        "bytes_per_token": round(bytes_per_token, 4), "train_tokens": tokens["train"],
-        "sha256": sha256([folder / f"{split}.bin" for split in SPLITS])}))
-
-
-def lock(file: IO):
-    """Wait until no other process has `file` locked. It is ours until it is closed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        print(f"WARNING: {file.name}: {error.strerror}; two processes at once would disturb each "
-              f"other", file=sys.stderr)      # as on some network file systems
+        "name": name, "documents": count, "bytes_per_token": bytes_per_token,
+        "train_tokens": tokens["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
 
 
 def prepare(data: str) -> Path:
     """Make `data` ready, unless it is, and return its folder."""
-    start = time.monotonic()
-    CACHE.mkdir(parents=True, exist_ok=True)
+    (CACHE / "downloads").mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as file:
-        lock(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)    # one process at a time, until the file is closed
+        except OSError as error:                # as on some network file systems
+            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
         name, files, reader = source(data)
         folder = CACHE / f"{name}-v{VOCAB_SIZE}"
-        half, current = CACHE / f"{folder.name}.part", CACHE / "current.part"
-        if not (folder / "meta.json").exists():
-            for rest in half, folder:       # of a process that was stopped
-                shutil.rmtree(rest, ignore_errors=True)
+        half = CACHE / f"{folder.name}.part"
+        if not folder.exists():
+            shutil.rmtree(half, ignore_errors=True)     # of a process that was stopped
             half.mkdir()
             make(half, name, files, reader)
-            os.sync()                       # first on the disk, then under its name
-            half.rename(folder)             # all of it is there, or none
-        current.write_text(folder.name)
-        current.replace(CACHE / "current")
-    meta = json.loads((folder / "meta.json").read_text())
-    print(f"{name}: {meta['text_mb']} MB in {meta['documents']} documents, "
-          f"{meta['train_tokens'] / 1e6:.2f}M tokens to train on, {meta['bytes_per_token']} bytes "
-          f"per token; ready in {time.monotonic() - start:.1f} s", flush=True)
+            os.sync()                           # first on the disk, then under its name
+            half.rename(folder)                 # all of it is there, or none
+        (CACHE / "current").write_text(folder.name)
     return folder
 
 
@@ -450,25 +396,24 @@ def prepare_or_fall_back(data: str | None) -> Path:
         return prepare(data or DEFAULT_DATA)
     except requests.RequestException as error:
         if data:
-            fail(f"--data {data} cannot be downloaded ({error}): check the network and try "
-                 f"again, or give --data stdlib or a folder of text")
-        print(f"WARNING: {DEFAULT_DATA} cannot be downloaded ({error}). Going on with the Python "
-              f"sources (stdlib): scores will be of code, not of web text"
-              f"{', and a GPU reads all of it 160 times in 300 s: a smoke test' * CUDA}. When "
-              f"there is a network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
+            sys.exit(f"prepare.py: --data {data} cannot be downloaded ({error}): check the network "
+                     f"or give --data stdlib")
+        print(f"WARNING: {DEFAULT_DATA} cannot be downloaded ({error}): scores will be of Python "
+              f"sources (stdlib){', too few for a GPU: a smoke test' * CUDA}. When there is a "
+              f"network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
         return prepare_or_fall_back("stdlib")
-    except gzip.BadGzipFile as error:
-        fail(f"{error}: the same command fetches it again")
-    except OSError as error:
-        fail(f"{error.strerror or error}: {error.filename or CACHE}; AUTORESEARCH_CACHE names "
-             f"another place for data")
+    except OSError as error:        # a full disk, a corrupt shard
+        sys.exit(f"prepare.py: {error.strerror or error}; AUTORESEARCH_CACHE names another place "
+                 f"than {CACHE}")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: stopped; the same command goes on where it was")
 
 
-# --------------------------------------------------------------------------------------------------
-# 5  The clock: it starts with the first batch and ends the loop over batches() at the budget
+# ---- 5  The clock: it starts with the first batch and ends the loop over batches() at the budget -
 
 # On a CPU, the CPU time of the thread that calls train(): another program then decides no verdict.
 seconds_now = thread_time if DEVICE == "cpu" else monotonic
+synchronize = torch.cpu.synchronize if DEVICE == "cpu" else torch.accelerator.synchronize
 
 
 class Clock:
@@ -484,42 +429,29 @@ class Clock:
         self.steps = self.seen = 0                  # batches and tokens handed out
 
 
-_clock: Clock           # of the run in this process
-
-
-def synchronize():
-    """Wait until the device has done what it was told; a CPU has."""
-    if DEVICE != "cpu":
-        torch.accelerator.synchronize()
-
-
-GOLDEN_RATIO = (1 + 5 ** 0.5) / 2   # its multiples, modulo 1, are spread most evenly (Weyl)
-
-
 def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Yield windows of length + 1 tokens forever. Each epoch has all of them, at a new offset."""
     # Five windows come in the order 0, 2, 4, 1, 3: wherever a run ends, it has seen all parts of
     # the text alike. Scores of equal steps scatter by 0.0025 bpb so, and by 0.006 if shuffled.
+    golden_ratio = (1 + 5 ** 0.5) / 2       # its multiples, modulo 1, are spread most evenly (Weyl)
     while True:
         offset = rng.integers(length)
         count = (len(tokens) - 1 - offset) // length
-        for i in np.argsort((np.arange(count) * GOLDEN_RATIO + rng.random()) % 1):
+        for i in np.argsort((np.arange(count) * golden_ratio + rng.random()) % 1):
             yield tokens[offset + i * length:offset + (i + 1) * length + 1]
 
 
-def batches(batch_size: int, seq_len: int = SEQ_LEN
-            ) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
     """Yield (x, y, progress) until the budget is spent.
 
     x, y: int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t]. progress: the
-    share of the budget that is spent, in [0, 1), to drive schedules with. The first batch starts
-    the clock, and nothing sets it back: a second loop goes on with the time that is left.
-    Raises ValueError when there are no windows of seq_len + 1 tokens.
+    share of the budget that is spent, in [0, 1). The first batch starts the clock, and nothing sets
+    it back. Raises ValueError when there are no windows of seq_len + 1 tokens.
     """
     clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.rng)
     if not 0 < seq_len < len(clock.tokens) // 2:
         raise ValueError(f"seq_len {seq_len}: there are {len(clock.tokens)} tokens to train on")
-    queued = collections.deque()        # CUDA events, one after each step that the GPU may be at
+    done = torch.cuda.Event() if CUDA else None     # when the GPU is done with a step
     last, reported = math.inf, -math.inf    # times of the last batch, of the last progress event
     while True:
         if threading.get_ident() != clock.thread:
@@ -528,10 +460,8 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN
         pinned = torch.from_numpy(batch).pin_memory() if CUDA else torch.from_numpy(batch)
         batch = pinned.to(DEVICE, non_blocking=True)
         if CUDA and clock.steps > 1:    # one step ahead of the GPU, never two: it never waits
-            queued.append(torch.cuda.Event())
-            queued[-1].record()
-            if len(queued) > 1:
-                queued.popleft().synchronize()
+            done.synchronize()          # with the step before the last, or with none
+            done.record()
         else:                           # the first step is timed to its end, before a second
             synchronize()
         if clock.start is None:
@@ -545,16 +475,14 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN
             break
         if now - reported >= 1:
             reported = now
-            clock.tell("progress", share=now / clock.budget,
-                       tokens_per_second=clock.seen / max(now, 1e-3))
+            speed = clock.seen / (now or 1)
+            clock.tell("progress", share=now / clock.budget, tokens_per_second=speed)
         clock.steps += 1
         clock.seen += batch_size * seq_len
         yield batch[:, :-1], batch[:, 1:], now / clock.budget
 
 
-# --------------------------------------------------------------------------------------------------
-# 6  The metric: bits per byte of held-out text, and the probes that make it worth believing
-
+# ---- 6  The metric: bits per byte of held-out text, and the probes that make it worth believing --
 
 def bits_per_byte(nats: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> float:
     """Return the bits that a model needs for a byte of text: sum of -log2 p / sum of bytes.
@@ -562,7 +490,7 @@ def bits_per_byte(nats: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> 
     nats: -ln p of each token, given those before it. lengths[token]: how many bytes it stands for.
     """
     sizes = lengths[tokens]
-    bits = nats[sizes > 0] / LN2        # END has no bytes, so it does not count
+    bits = nats[sizes > 0] / math.log(2)        # END has no bytes, so it does not count
     return float(bits.sum() / sizes.sum())
 
 
@@ -571,16 +499,13 @@ class Invalid(Exception):
 
 
 def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
-    """Return the logits of a batch: int64 (B, T) -> float32 (B, T, VOCAB_SIZE) on DEVICE.
-
-    Nothing else is asked of a candidate. A judge in a process of its own would begin here.
-    """
+    """Return the logits of a batch: int64 (B, T) -> float32 (B, T, VOCAB_SIZE) on DEVICE."""
+    # Nothing else is asked of a candidate. A judge in a process of its own would begin here.
     logits = model(torch.from_numpy(tokens).to(DEVICE, copy=True))      # it may write into its copy
-    if type(logits) is not torch.Tensor:
-        raise Invalid(f"the model returns {type(logits).__name__}, not a plain tensor of logits")
-    if logits.shape != (*tokens.shape, VOCAB_SIZE) or not logits.is_floating_point():
-        raise Invalid(f"the model returns {logits.dtype} {tuple(logits.shape)}, not floating-point "
-                      f"logits {(*tokens.shape, VOCAB_SIZE)}")
+    shape = (*tokens.shape, VOCAB_SIZE)
+    if type(logits) is not torch.Tensor or logits.shape != shape or not logits.is_floating_point():
+        got = [type(logits).__name__, *(getattr(logits, name, "") for name in ("dtype", "shape"))]
+        raise Invalid(f"not a plain tensor of floating-point logits {[*shape]}, but {got}")
     return logits.float()
 
 
@@ -597,7 +522,7 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng: np.ran
     row, top = logits[i, t].tolist(), logits[i, t].max().item()
     nat = math.log(sum(math.exp(logit - top) for logit in row)) + top - row[y[i, t]]
     if not math.isclose(nat, nats[i, t], rel_tol=1e-4, abs_tol=1e-3):  # float32: 1e-6
-        raise Invalid("torch no longer computes cross_entropy: something has replaced part of it")
+        raise Invalid("torch no longer computes cross_entropy: part of it was replaced")
     return nats.numpy()
 
 
@@ -608,27 +533,22 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng: np.ran
 #     probe    the  cat  sat  rained  all  day     cut = 3
 #
 # The first 3 predictions, of "cat", "sat" and "on", had the same tokens to go by, and may not
-# change. A model that sees one token ahead loses at the third what it gained there. The rows of a
-# probe also change places, so that each has other neighbours.
+# change. The rows of a probe also change places, so that each has other neighbours.
 
 
 def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Return where each row of each probe is cut: (probes, rows), in 1 ... length.
-
-    Half of them are spread over all places. Half are at ends of chunks of 2, 4, 8, ... tokens, each
-    size equally often, since accidents happen there. One row a probe is whole: cut at its end.
-    """
+    """Return where each row of each probe is cut: (probes, rows), in 1 ... length."""
     count = probes * (rows - 1)
+    # Half of them are spread over all places, half are at ends of chunks of 2, 4, 8, ... tokens.
     anywhere = np.resize(1 + rng.permutation(length - 1), count // 2)
     chunk = 2 ** rng.integers(1, length.bit_length() - 1, count - count // 2)
     ends = chunk * rng.integers(1, length // chunk)
     cuts = rng.permutation([*anywhere, *ends]).reshape(probes, rows - 1)
-    return rng.permuted(np.insert(cuts, 0, length, axis=1), axis=1)
+    return rng.permuted(np.insert(cuts, 0, length, axis=1), axis=1)     # one row a probe is whole
 
 
-# What changes where nothing may is rounding: nothing on most CPUs; with experts or atomics, a bf16
-# logit of 4, in steps of 1/32, is off by 0.01, and by 1 in a few tokens that are routed elsewhere.
-# Rounding has no direction and no place. What is gained by seeing too much has both.
+# Rounding changes predictions too: with experts or atomics, a bf16 logit of 4 by 0.01, and by 1 in
+# a few tokens. It has no direction and no place. What is gained by seeing too much has both.
 BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below the noise of seeds
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
 SPREAD = 0.02       # nats, the mean size everywhere, the median at the cuts: twice that of bf16
@@ -637,11 +557,8 @@ GATHERED = 2, 4     # of the 3, 16 largest changes so many may be at cuts: more 
 
 
 def refuse_leaks(change: np.ndarray, cuts: np.ndarray, later: np.ndarray):
-    """Raise Invalid if predictions changed by more than rounding.
-
-    change: (P, B, T) nats that P batches lost when probed. cuts: (P, B) of their rows. later: (P,),
-    whether the model had answered more calls at the probe than at the batch.
-    """
+    """Raise Invalid if predictions changed, in nats (P, B, T), by more than rounding."""
+    # later: (P,), whether the model had answered more calls at the probe than at the batch.
     left = cuts[..., None] - np.arange(change.shape[-1])    # predictions that have to stay, from t
     stays, sign = left > 0, np.where(later, 1, -1)[:, None, None]
     small = change.clip(-LARGEST, LARGEST)
@@ -650,37 +567,28 @@ def refuse_leaks(change: np.ndarray, cuts: np.ndarray, later: np.ndarray):
     unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
                    for some in (kept, at_cut, learned))
     spread = max(np.abs(kept).mean(), np.median(np.abs(at_cut)))
-    largest = np.argsort(-change[stays])[:16]               # random noise would hide them in a mean
+    # Noise would hide a rare leak in a mean, not among the largest losses.
+    largest = np.argsort(-change[stays])[:16]
     hits = ((left[stays] == 1) & (change[stays] > SPREAD))[largest]
     gathered = hits[:3].sum() > GATHERED[0] or hits.sum() > GATHERED[1]
-    if not (unbiased and spread <= SPREAD and not gathered):            # a NaN is refused
-        mps = " (torch's attention in half precision leaks on MPS: pytorch issue 195910)"
-        raise Invalid(
-            f"leak: predictions change when only later tokens, other rows of the batch and earlier "
-            f"calls change: by {at_cut.mean():+.4f} nats at the last token before the change (and "
-            f"{hits.sum()} of the 16 largest changes), {kept.mean():+.4f} anywhere, {spread:.4f} "
-            f"in size, {learned.mean():+.4f} from call to call; logits at t may depend on "
-            f"tokens[:t+1] of their row alone; fp8 or int8 scaled by batch mixes rows"
-            f"{mps * (DEVICE == 'mps')}")
-
-
-def held_out(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first windows of a split and the tokens that follow: int64 (batches, B, T)."""
-    count = min(EVAL_WINDOWS, (len(tokens) - 1) // SEQ_LEN) // EVAL_ROWS
-    size, shape = count * EVAL_ROWS * SEQ_LEN, (count, EVAL_ROWS, SEQ_LEN)
-    return tuple(tokens[i:i + size].astype(np.int64).reshape(shape) for i in (0, 1))
+    if not (unbiased and spread <= SPREAD and not gathered):        # a NaN is refused
+        mps = " (torch's half-precision attention leaks: pytorch issue 195910)" * (DEVICE == "mps")
+        raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions: by "
+                      f"{at_cut.mean():+.4f} nats just before them, {kept.mean():+.4f} in all, "
+                      f"{spread:.4f} in size, {learned.mean():+.4f} from call to call{mps}; logits "
+                      f"at t may depend on tokens[:t+1] of their row alone, and fp8 or int8 scaled "
+                      f"by batch mixes rows")
 
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.ndarray,
              slack: float = 1.0) -> dict[str, float]:
-    """Return {split: bits per byte}. Raises Invalid if the model knows more than it may.
-
-    splits: flat arrays of tokens. slack: seconds that its calls may take beyond the usual.
-    """
+    """Return {split of tokens: bits per byte}. Raises Invalid if a model knows more than it may."""
     rng = np.random.default_rng()       # seeded by the system: no candidate knows it
-    parts = [held_out(tokens) for tokens in splits.values()]
-    x, y = (np.concatenate(arrays) for arrays in zip(*parts))
+    windows = min(EVAL_WINDOWS, *((len(tokens) - 1) // SEQ_LEN for tokens in splits.values()))
+    size = windows // EVAL_ROWS * EVAL_ROWS * SEQ_LEN
+    x, y = (np.concatenate([tokens[i:i + size] for tokens in splits.values()]).astype(np.int64)
+            .reshape(-1, EVAL_ROWS, SEQ_LEN) for i in (0, 1))
     cuts, nats, probed = choose_cuts(*x.shape, rng), np.empty(x.shape), np.empty(x.shape)
     seconds = []                        # of each call
 
@@ -690,7 +598,8 @@ def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.
         seconds.append(seconds_now() - start)
         return answer
 
-    ask(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0])     # some fold weights together now
+    # A first call, on tokens that mean nothing: some models fold their weights together in it.
+    ask(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0])
     try:
         twin = copy.deepcopy(model)     # does not know what the model has answered
     except Exception:                   # something in it cannot be copied: probe it as it is
@@ -703,37 +612,30 @@ def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.
         rows = rng.permutation(len(spliced))
         probed[p, rows] = ask(twin, spliced[rows], y[p, rows])
     refuse_leaks(probed - nats, cuts, later=np.argsort(probes) >= np.argsort(order))
-    usual = np.median(seconds)
-    put_off = sum(max(0.0, took - 5 * usual) for took in seconds)
+    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # what some took much longer
     if not put_off <= slack:
-        raise Invalid(f"overtime: calls of the model took {put_off:.1f} s more than the usual "
-                      f"{usual:.2f} s each: no work may be put off until evaluation")
-    ends = np.cumsum([len(part) for part, _ in parts])[:-1]
-    return {split: bits_per_byte(its_nats, its_y, lengths) for split, its_nats, its_y
-            in zip(splits, np.split(nats, ends), np.split(y, ends))}
+        raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
+    parts = zip(splits, np.split(nats, len(splits)), np.split(y, len(splits)))
+    return {split: bits_per_byte(*part, lengths) for split, *part in parts}
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module, folder: Path, count: int = 64) -> str:
-    """Return how the model goes on with the beginning of val, drawn at temperature 0.8."""
+def sample(model: torch.nn.Module, folder: Path) -> str:
+    """Return how the model goes on with the first 24 tokens of val, drawn at temperature 0.8."""
     tokenizer = Tokenizer(json.loads((folder / "tokenizer.json").read_text()))
-    tokens, given = np.full((1, SEQ_LEN), END), 24
-    tokens[0, :given] = np.fromfile(folder / "val.bin", np.uint16, given)
-    for at in range(given, given + count):  # always a whole window: what is behind cannot matter
+    tokens = np.fromfile(folder / "val.bin", np.uint16, SEQ_LEN)[None].astype(np.int64)
+    for at in range(24, 88):        # what is behind cannot matter
         logits = logits_of(model, tokens)[0, at - 1]
         tokens[0, at] = torch.multinomial(torch.softmax(logits / 0.8, 0), 1).item()
-    return tokenizer.decode(tokens[0, :given + count].tolist())
+    return tokenizer.decode(tokens[0, :88].tolist())
 
 
-# --------------------------------------------------------------------------------------------------
-# 7  One run: a fresh process, whose main is this file and never the candidate
+# ---- 7  One run: a fresh process, whose main is this file and never the candidate ----------------
 
-# What is trusted: the candidate runs in the process that judges it, and knows a stub of this file
-# with four names. What it puts in the place of prepare.batches it puts there for itself alone. The
-# driver believes only lines that begin with the key of the run: it is on the command line, since
-# that passes through every launcher, and gone from sys.argv before the candidate is executed. This
-# stops a sloppy researcher and one that games the score. It does not stop malware.
-
+# The candidate runs in the process that judges it, and knows a stub of this file with four names.
+# The driver believes only lines that begin with the key of the run: it is on the command line, as
+# that passes through every launcher, and gone from sys.argv before the candidate begins. This stops
+# a sloppy researcher and one that games the score. It does not stop malware.
 
 # A candidate may use what torch and numpy hold themselves. Of what lies deeper, this is open to it:
 OPEN = [f"torch.{path}." for path in """_dynamo.config _inductor.config accelerator amp autograd
@@ -766,17 +668,17 @@ def objection(path: str, is_set: bool) -> str:
     return "a module stands only before a dot" if isinstance(value, types.ModuleType) else ""
 
 
-def refuse_modules(source: str) -> None:
+def refuse_modules(source: str):
     """Raise Invalid where a name leads to what is closed to a candidate, however it is called."""
     nodes, bound = list(ast.walk(ast.parse(source))), set()     # ("F", "torch.nn.functional"), ...
     for node in nodes:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             exec(compile(ast.Module([node], []), "train.py", "exec"), {})   # loads submodules
+            parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                path = alias.name if alias.asname else alias.name.partition(".")[0]
-                if isinstance(node, ast.ImportFrom):
-                    path = f"{node.module}.{alias.name}"
-                bound.add((alias.asname or path.rpartition(".")[2], path))
+                first = alias.name.partition(".")[0]        # `import torch.nn` binds torch
+                path = alias.name if alias.asname else first
+                bound.add((alias.asname or first, parent + path))
     dotted = {node.value: node for node in nodes if isinstance(node, ast.Attribute)}
     for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -801,22 +703,13 @@ def load_candidate(path: Path) -> types.ModuleType:
     return module
 
 
-def end_with_driver():
-    """End this process and its children when the driver, which holds our stdin open, ends.
-
-    A launcher that forwards no stdin brings no byte of the driver's. Its run is left alone.
-    """
-    pipe = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() finds no more
-
-    def watch():
-        if os.read(pipe, 1):                        # hello
-            while os.read(pipe, 1024):              # b"" at the end
-                pass
-            os.kill(0, signal.SIGKILL)              # 0: all of the own process group
-            os._exit(1)                             # SIGKILL spares the init of a container
-
-    threading.Thread(target=watch, daemon=True).start()
+def end_with_driver(pipe: int):
+    """End this process and its children when the driver, which holds `pipe` open, ends."""
+    if os.read(pipe, 1):                # hello; a launcher may forward no stdin
+        while os.read(pipe, 1024):      # b"" at the end
+            pass
+        os.kill(0, signal.SIGKILL)      # 0: all of the own process group
+        os._exit(1)                     # SIGKILL spares the init of a container
 
 
 def peak_memory_mb() -> float:
@@ -834,18 +727,18 @@ def conditions(folder: Path, budget: float) -> dict:
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     cpu = f"{[*names, platform.processor()][0]}, {os.cpu_count()} cores"
     card = torch.cuda.get_device_name() if CUDA else ""
-    return {"data": meta["name"], "sha256": meta["sha256"], "budget": budget, "seq_len": SEQ_LEN,
-            "vocab_size": VOCAB_SIZE, "prepare": sha256([Path(__file__)])[:16],
-            "device": card or DEVICE, "torch": torch.__version__,
-            "threads": torch.get_num_threads() if DEVICE == "cpu" else 0, "processor": card or cpu,
-            "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
-                     DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()),
-            "train_tokens": meta["train_tokens"], "bytes_per_token": meta["bytes_per_token"]}
+    return meta | {
+        "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
+        "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
+        "device": card or DEVICE, "processor": card or cpu,
+        "threads": torch.get_num_threads() if DEVICE == "cpu" else 0,
+        "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
+                 DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())}
 
 
 def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> torch.nn.Module:
     """Train the train.py at `path` once and report. Raises Invalid, or what train() raises."""
-    global _clock
+    global _clock       # of the run in this process
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
     lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths()
     clock = _clock = Clock(data.pop("train"), seed, budget, tell)
@@ -861,8 +754,8 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     train_seconds = seconds_now() - clock.start
     slack = budget + max(OVERTIME * budget, ONE_STEP) - train_seconds
     if not slack >= 0:
-        raise Invalid(f"overtime: train() returned {train_seconds:.1f} s after its first batch; "
-                      f"the budget is {budget:g} s and nothing may follow the last batch")
+        raise Invalid(f"overtime: train() took {train_seconds:.1f} s of a budget of {budget:g} s: "
+                      f"nothing may follow the last batch")
     clock.budget = 0.0      # no loop over batches() goes on from here
     tell("evaluation", limit=EVAL_LIMIT)
     memory, now = peak_memory_mb(), monotonic()
@@ -890,7 +783,8 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
             out.write(f"\n{key} {json.dumps({'event': event, **values})}\n")
 
     if key:
-        end_with_driver()
+        threading.Thread(target=end_with_driver, args=[os.dup(0)], daemon=True).start()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() finds no more
     tell("setup", limit=SETUP_LIMIT, **conditions(folder, budget))
     try:
         model = measure(path, seed, budget, folder, tell)
@@ -931,18 +825,17 @@ def main():
     add("--devices", action="store_true", help="print names for CUDA_VISIBLE_DEVICES, and end")
     args = parser.parse_args()
     sys.argv[1:] = sys.orig_argv[1:] = []
-    if args.devices:
-        return print(",".join(devices()))
+    if args.devices:        # CUDA ignores names from the first that it does not know
+        count = torch.cuda.device_count()
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        return print(",".join(names.split(",")[:count]))
     check_card()
     if args.run:
         if not args.run.exists():
-            fail(f"--run {args.run}: no such file")
+            sys.exit(f"prepare.py: --run {args.run}: no such file")
         folder = args.folder or prepared()
         raise SystemExit(one_run(args.run.resolve(), args.seed, args.budget, folder, args.key))
-    try:
-        print(prepare_or_fall_back(args.data))      # last: the folder, for whoever called
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on where it was")
+    print(prepare_or_fall_back(args.data))      # last: the folder, for whoever called
 
 
 if __name__ == "__main__":

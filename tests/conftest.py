@@ -10,8 +10,6 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,20 +71,6 @@ def corpus(tmp_path_factory) -> tuple[Path, Path, Path]:
     return text, cache, scripts
 
 
-@pytest.fixture(scope="session", autouse=True)
-def started(request, corpus, tmp_path_factory) -> Iterator[dict[str, Future]]:
-    """{candidate: its run}, of all that test_train.py asks for.
-
-    They begin now and one after the other, since most of the other tests keep no core busy.
-    """
-    pool, runs = ThreadPoolExecutor(1), {}
-    for item in request.session.items:
-        name = item.callspec.params.get("candidate") if hasattr(item, "callspec") else None
-        if name in getattr(item.module, "SOURCES", ()):
-            runs[name] = pool.submit(item.module.start, item.module.SOURCES[name], corpus,
-                                     tmp_path_factory.mktemp("run"))
-    yield runs
-    pool.shutdown(cancel_futures=True)
 
 
 class Lab:
