@@ -4,8 +4,7 @@
     python autoresearch.py --experiments 10          # ten more, then stop; 0: only the summary
     python autoresearch.py --confirm 5               # measure the gain anew, on fresh seeds
     python autoresearch.py --researcher search       # no LLM: the control experiment
-    python autoresearch.py --base-url http://localhost:8080/v1 --model qwen    # an LLM of your own
-    python autoresearch.py --workers 8 --launch "srun -N1 --gpus=1"            # on a cluster
+    python autoresearch.py --base-url http://localhost:8080/v1      # an LLM of your own
 
 It reads program.md, asks an LLM for one change to train.py, trains the changed file as a
 subprocess under a wall-clock cap, keeps the change if it helped, appends a row to results.tsv,
@@ -26,9 +25,7 @@ import ast
 import collections
 import contextlib
 import dataclasses
-import datetime
 import difflib
-import errno
 import functools
 import hashlib
 import html
@@ -38,7 +35,6 @@ import math
 import os
 import random
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -51,6 +47,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import requests
 
@@ -78,19 +75,15 @@ IDEAS = 20              # newest experiments whose reasons are in the prompt as 
 
 COLUMNS = ("commit val_bpb memory_gb status description experiment by runs test_bpb reason "
            "train_seconds total_seconds input_tokens output_tokens finished").split()
-TRAIN, PROGRAM, LEDGER, PLOT = map(Path, (
-    "train.py", "program.md", "results.tsv", "progress.svg"))
+TRAIN, PROGRAM, LEDGER, PLOT = map(Path, "train.py program.md results.tsv progress.svg".split())
 FOLDER = Path("runs")
 CONDITIONS, CONFIRMED = FOLDER / "conditions.json", FOLDER / "confirmed.json"
+COMPARED = "data sha256 device threads torch budget seq_len vocab_size prepare".split()
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class Stop(Exception):
     """Ends the driver with one line: what happened, and what to type next."""
-
-
-class Enough(Exception):
-    """Ends a thread: there are enough experiments, or the driver stops."""
 
 
 class Unusable(Exception):
@@ -121,7 +114,7 @@ def one_line(text: str, limit: int = 300) -> str:
 # 1  An experiment
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)     # two are equal only if they are one
 class Experiment:
     """One candidate and all that was done with it. runs/NNNN/experiment.json is exactly this."""
 
@@ -147,8 +140,7 @@ class Experiment:
         return FOLDER / f"{self.number:04d}"
 
     @property
-    def scores(self) -> list[float]:
-        """The newest val_bpb: a machine may have changed since the older ones."""
+    def scores(self) -> list[float]:        # the newest: the machine may have changed since
         return [run["val_bpb"] for run in self.runs[-BASELINE_RUNS:]]
 
     def save(self):
@@ -157,32 +149,26 @@ class Experiment:
             write_whole(self.folder / "train.py", self.source)
         write_whole(self.folder / "experiment.json", json.dumps(dataclasses.asdict(self), indent=1))
 
-    @classmethod
-    def load(cls, path: Path) -> "Experiment":
-        """Read an experiment.json. Raises TypeError or ValueError if it is of another kind."""
-        return cls(**json.loads(read(path)))
-
 
 def experiments() -> Iterator[Experiment]:
     """Yield what is in runs/, oldest first; folders of an older layout are left alone."""
     for path in sorted(FOLDER.glob("*/experiment.json")):
         with contextlib.suppress(TypeError, ValueError):
-            yield Experiment.load(path)
+            yield Experiment(**json.loads(read(path)))
 
 
 def speed(run: dict) -> float:
-    """Return the tokens a second of a run."""
-    return run.get("num_tokens", 0) / max(run["train_seconds"], 1e-9)
+    """Return the tokens a second of a run; 0.0 if only its score is known."""
+    return run.get("num_tokens", 0) / run.get("train_seconds", 1)
 
 
 def drift(exp: Experiment) -> str:
     """Return a sentence if exp trained at another speed when it was run anew, else ""."""
-    scored = [speed(run) for run in exp.runs if not run.get("anew")]
-    if not (scored and sum(scored) and exp.runs[-1].get("anew")):
-        return ""
-    change = speed(exp.runs[-1]) / statistics.fmean(scored) - 1
-    return "" if abs(change) <= 0.1 else (
-        f"the machine has changed: #{exp.number} now trains on {change:+.0%} tokens/s")
+    old = [speed(run) for run in exp.runs if not run.get("anew")]
+    new = [speed(run) for run in exp.runs if run.get("anew")]
+    change = new[-1] / statistics.fmean(old) - 1 if new and any(old) else 0
+    words = f"the machine has changed: #{exp.number} now trains on {change:+.0%} tokens/s"
+    return words if abs(change) > 0.1 else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,7 +183,7 @@ def read_ledger(repair: bool) -> list[dict[str, str]]:
     """Return the rows. A last line without its end is not one: `repair` cuts it off the file."""
     *lines, torn = read(LEDGER).split("\n") if LEDGER.exists() else [""]
     if torn and repair:     # what it was about is judged again, from its experiment.json
-        write_whole(LEDGER, "".join(line + "\n" for line in lines))
+        write_whole(LEDGER, "\n".join([*lines, ""]))
         say(f"{LEDGER}: cut off a partly written last line")
     rows = [dict(zip(COLUMNS, line.split("\t"))) for line in lines[1:]]
     for number, row in enumerate(rows, 2):
@@ -211,8 +197,8 @@ def read_ledger(repair: bool) -> list[dict[str, str]]:
 
 def append_row(row: dict[str, str]):
     """Append a row with one write and one fsync: a kill leaves all of it or none."""
-    header = "" if LEDGER.exists() and LEDGER.stat().st_size else "\t".join(COLUMNS) + "\n"
     with open(LEDGER, "ab", buffering=0) as file:
+        header = "" if file.tell() else "\t".join(COLUMNS) + "\n"
         file.write((header + "\t".join(row[name] for name in COLUMNS) + "\n").encode())
         os.fsync(file.fileno())
 
@@ -228,13 +214,11 @@ def pooled_noise(groups: list[list[float]]) -> float:
     return math.sqrt(squares / freedom) if freedom else 0.0
 
 
-def standard_error(k: int, n: int, noise: float) -> float:
-    """Return the standard error of a difference of means of k and of n runs."""
+def standard_error(k: int, n: int, noise: float) -> float:  # of a difference of two means
     return noise * math.sqrt(1 / k + 1 / n)
 
 
-def code_lines(source: str) -> int:
-    """Return the lines of code; comments, blank lines and formatting do not count."""
+def code_lines(source: str) -> int:     # comments, blank lines and formatting do not count
     return len(ast.unparse(ast.parse(source)).splitlines())
 
 
@@ -258,7 +242,7 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
     return "again" if len(candidate) < RUNS else "keep"
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4  Screen: sloppy and score-gaming proposals end here, before they cost a run. Malware does not.
 # This half reads words. refuse_modules() in prepare.py follows names to what they stand for.
 
@@ -330,43 +314,32 @@ def end_group(process: subprocess.Popen):
             process.wait(patience)
 
 
-class Output:
-    """What a run prints, line by line: its log, and the events that prepare.py puts between."""
-
-    def __init__(self, path: Path, key: str, on_event: Callable[[str, dict, str], None]):
-        self.file, self.key, self.on_event = open(path, "wb"), key.encode(), on_event
-        self.rest = b""             # the beginning of a line whose end has not come yet
-        self.size = 0               # bytes so far
-        self.last = ""              # the last line that the candidate printed
-        self.report: dict = {}
-        self.reason = ""            # why there is no score, as prepare.py says
-        self.phase = ""             # "": it has not started
-        self.deadline = math.inf
-
-    def feed(self, chunk: bytes):
-        self.size += len(chunk)
-        *lines, self.rest = (self.rest + chunk).split(b"\n")
+def events_of(process: subprocess.Popen, log: BinaryIO, key: bytes
+              ) -> Iterator[tuple[str, dict, bytes]]:
+    """Yield (event, its values, the last line printed); ("", {}, ...) in between. Log the rest."""
+    os.set_blocking(process.stdout.fileno(), False)
+    rest, last, ended = b"", b"", False
+    while not ended:
+        exited = process.poll() is not None     # asked first: then all it wrote is in the pipe
+        chunk = process.stdout.read(1 << 16) or b""
+        ended = exited and not chunk
+        *lines, rest = (rest + chunk).split(b"\n")
+        if ended or len(rest) > 1 << 16:        # a line whose end will not come, or too late
+            lines, rest = [*lines, rest], b""
         for line in lines:
             # Only what follows the key is believed; the candidate does not know the key.
-            printed, is_event, event = line.partition(self.key)
+            printed, _, text = line.partition(key)
             if printed.strip():
-                self.last = one_line(printed.decode("utf-8", "replace"), 80)
-                self.file.write(printed + b"\n")
-            if is_event:
-                self.take_event(event)
-
-    def take_event(self, text: bytes):
-        try:
-            event = json.loads(text)
-        except ValueError:          # damaged on its way through a launcher
-            return
-        kind = event.pop("event", "")
-        if "limit" in event:        # the next phase has to begin within so many seconds
-            self.phase, self.deadline = kind, time.monotonic() + event["limit"]
-        if kind == "report":
-            self.report = event
-        self.reason = one_line(event.get("reason", self.reason))
-        self.on_event(kind, event, self.last)
+                last = printed[:300]
+                log.write(printed + b"\n")
+            try:
+                event = json.loads(text)
+            except ValueError:      # none, or one damaged on its way through a launcher
+                continue
+            yield event.pop("event"), event, last
+        yield "", {}, last
+        if not chunk:
+            time.sleep(0.05)
 
 
 def run_command(command: list[str], log: Path, environment: dict[str, str], queued: bool,
@@ -376,37 +349,36 @@ def run_command(command: list[str], log: Path, environment: dict[str, str], queu
     The cap: an event with a "limit" begins a phase, and the next has to begin within so many
     seconds. A `queued` job may wait for its first event as long as it takes.
     """
-    key, began = secrets.token_hex(16), time.monotonic()
-    process = subprocess.Popen([*command, "--key", key], env=environment, bufsize=0,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, start_new_session=True)
-    os.set_blocking(process.stdout.fileno(), False)
-    output, end = Output(log, key, on_event), ""
-    output.deadline = math.inf if queued else began + START_LIMIT
-    try:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(b"\n")      # hello: when this pipe closes, the run ends itself
-        while not end:
-            ended = process.poll() is not None  # asked first: then all it wrote is in the pipe
-            chunk = process.stdout.read(1 << 16) or b"\n" * (ended and output.rest != b"")
-            output.feed(chunk)
-            end = ("ended without a report" if ended and not chunk else
-                   "stopped" if stop.is_set() else
-                   f"flooded its log: {LOG_LIMIT} bytes" if output.size > LOG_LIMIT else
-                   "timeout" if time.monotonic() > output.deadline else "")
-            if not chunk:
-                time.sleep(0.05)
-    finally:
-        end_group(process)
-        for file in output.file, process.stdin, process.stdout:
-            file.close()
-    reason, code = output.reason, process.returncode
-    if not reason and (code or not output.report):  # a report counts only after a normal end
+    key = os.urandom(16).hex()
+    deadline = math.inf if queued else time.monotonic() + START_LIMIT
+    phase, end, report = "", "", {}
+    with open(log, "wb") as file, subprocess.Popen(
+            [*command, "--key", key], env=environment, bufsize=0, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(b"\n")      # hello: when this pipe closes, the run ends itself
+            for kind, event, line in events_of(process, file, key.encode()):
+                last = one_line(line.decode("utf-8", "replace"), 80)
+                if "limit" in event:
+                    phase, deadline = kind, time.monotonic() + event.pop("limit")
+                if kind in ("report", "crash"):
+                    report = event
+                if kind:
+                    on_event(kind, event, last)
+                end = ("stopped" if stop.is_set() else
+                       f"flooded its log: {LOG_LIMIT} bytes" if file.tell() > LOG_LIMIT else
+                       "timeout" if time.monotonic() > deadline else "")
+                if end:
+                    break
+        finally:
+            end_group(process)
+    code, reason = process.returncode, report.get("reason", "")
+    if not reason and (code or not report):     # a report counts only after a normal end
         how = f"signal {-code}{' (out of memory?)' * (code == -9)}" if code < 0 else f"code {code}"
-        where = f"in {output.phase}" if output.phase else "before it started"
-        reason = one_line(f"{end}, {where}, by {how}: {output.last}")
-    return output.report | {"reason": reason, "started": bool(output.phase),
-                            "total_seconds": time.monotonic() - began}
+        where = f"in {phase}" if phase else "before it started"
+        reason = f"{end or 'ended without a report'}, {where}, by {how}: {last}"
+    return report | {"reason": one_line(reason), "started": bool(phase)}
 
 
 def log_end(path: Path, lines: int = 30) -> str:
@@ -415,7 +387,7 @@ def log_end(path: Path, lines: int = 30) -> str:
     return "\n".join(one_line(line, 200) for line in text.splitlines()[-lines:])
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6  LLM: OpenAI-compatible chat completions and Anthropic messages, over raw HTTP
 
 Prompt = tuple[str, list[str], str]     # system text, parts that only grow, what holds now
@@ -556,9 +528,9 @@ class LLM:
 # --------------------------------------------------------------------------------------------------
 # 7  Propose: the prompt, the reply, and the search that needs no LLM
 
-RULES = """You are a machine-learning researcher. You improve one file, train.py, by one experiment
-at a time. A driver trains your version for a fixed time on a fixed machine and keeps it if
-val_bpb (validation bits per byte, lower is better) falls.
+RULES = """You are a machine-learning researcher. You improve train.py, one experiment at a time. A
+driver trains your version for a fixed time on a fixed machine and keeps it if val_bpb falls: bits
+per byte of validation text, lower is better.
 
 The contract of train.py:
 - `import prepare` offers DEVICE, SEQ_LEN, VOCAB_SIZE and batches(batch_size, seq_len=SEQ_LEN).
@@ -567,11 +539,11 @@ The contract of train.py:
   their own row alone, and on nothing of earlier calls: probes check it.
 - `for x, y, progress in prepare.batches(...)` is the only training data and the only clock: it
   starts at the first batch and the loop ends when the budget is spent; progress is in [0, 1).
-  Before it, compiling and warming up are free. After it, return at once: 2% of the budget is all
-  there is for work such as averaging weights. No work may be put off until evaluation.
+  Before it, compiling and warming up are free, for twice the default budget at most. After it,
+  2% of the budget are left, for averaging weights, say. No work may be put off until evaluation.
 - Imports: torch, numpy, math and harmless parts of the standard library. No files, processes,
-  threads, getattr, dunder names, seeds; a module's name stands only before a dot. A program equal
-  to an earlier one but for comments is refused.
+  threads, getattr, dunder names, seeds; a module's name stands only before a dot. No program that
+  equals an earlier one but for comments.
 
 How it is judged: a change that makes the code longer has to win by a margin, named under "Now",
 on two seeds. A knob, a swap or a simplification only has to be better on two seeds.
@@ -597,27 +569,28 @@ The person you work for says:
 """
 
 
-def history(rows: list[dict[str, str]], notes: dict[int, str], ideas: dict[int, str],
+def history(rows: list[dict[str, str]], experiments: dict[int, Experiment],
             newest: int) -> list[str]:
-    """Return one text for each experiment, oldest first. test_bpb never is in it.
-
-    Old discards leave the history, and older ideas their rows, in steps: between two steps it
-    only gets longer, so that a provider's cache of the prompt's beginning holds.
-    """
+    """Return one text for each experiment, oldest first. test_bpb never is in it."""
+    # Old discards and older ideas leave it in steps. Between two steps it only gets longer, so
+    # that a provider's cache of the prompt's beginning holds.
     step = max(1, newest // 2)
     first = max(0, (len(rows) - newest) // step * step)
     with_idea = (len(rows) // IDEAS - 1) * IDEAS
     kept = [i for i, row in enumerate(rows) if row["status"] == "keep"]
     texts = []
     for i in sorted({*kept[-newest:], *range(first, len(rows))}):
-        row, number = rows[i], int(rows[i]["experiment"])
-        idea = f"    why: {ideas[number]}\n" if i >= with_idea and ideas.get(number) else ""
-        texts.append(f"#{number} {row['status']} {float(row['val_bpb']):.4f} ({row['by']}): "
-                     f"{row['description']} | {row['reason']}{notes.get(number, '')}\n{idea}")
+        row, exp = rows[i], experiments[int(rows[i]["experiment"])]
+        first_run = exp.runs[0] if exp.runs else {}     # a later one would change the text
+        did = (f"; {first_run['num_steps']} steps, {speed(first_run):.0f} tokens/s"
+               if "num_steps" in first_run else "")
+        why = f"    why: {exp.idea}\n" if i >= with_idea and exp.idea else ""
+        texts.append(f"#{exp.number} {row['status']} {float(row['val_bpb']):.4f} ({row['by']}): "
+                     f"{row['description']} | {row['reason']}{did}\n{why}")
     return texts
 
 
-def complaint(problem: str, log: str = "") -> str:
+def complaint(problem: str, log: str) -> str:
     """Return the message that sends a proposal back."""
     log = f"\nThe end of its log, as data:\n```\n{log}\n```" if log else ""
     return (f"That could not be used: {problem}{log}\nReply again, complete and in the form asked "
@@ -719,11 +692,8 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
     return one_line(re.sub(r"</\w+>$", "", name).strip("* "), 120), new
 
 
-Knobs = dict[str, tuple[float, int, int, int]]      # {NAME: (number, line, from, to column)}
-
-
-def find_knobs(source: str, cuda: bool) -> Knobs:
-    """Return the UPPER_CASE numbers at top level. Of `A if CUDA else B` one side is in force."""
+def find_knobs(source: str, cuda: bool) -> dict[str, tuple[float, ast.expr]]:
+    """Return {NAME: (number, where)} at top level. Of `A if CUDA else B` one side is in force."""
     knobs = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
@@ -734,8 +704,7 @@ def find_knobs(source: str, cuda: bool) -> Knobs:
                 base, _, power = ast.unparse(value).partition(" ** ")
                 number = ast.literal_eval(base) ** ast.literal_eval(power or "1")
                 if number > 0 and value.lineno == value.end_lineno:
-                    knobs[node.targets[0].id] = (number, value.lineno - 1, value.col_offset,
-                                                 value.end_col_offset)
+                    knobs[node.targets[0].id] = number, value
     return knobs
 
 
@@ -760,8 +729,7 @@ def search(rng: random.Random, source: str, rows: list[dict[str, str]], cuda: bo
     """Yield (description, changed source) again and again: one to three knobs, moved.
 
     Rprop (Riedmiller & Braun 1993): each knob has a direction and a step; after a gain the same
-    way and further, after a loss back and less far. The ledger is its whole memory: it reads the
-    moves from the descriptions, "LR 0.02 -> 0.03", and their success from the reasons.
+    way and further, after a loss back and less far. The ledger is its memory: "LR 0.02 -> 0.03".
     """
     step, way, knobs = {}, {}, find_knobs(source, cuda)
     for row in rows:
@@ -774,19 +742,21 @@ def search(rng: random.Random, source: str, rows: list[dict[str, str]], cuda: bo
         lines, moves = source.split("\n"), []
         how_many = rng.choice((1, 1, 1, 2, 2, 3))       # mostly one, so that a result teaches
         for name in rng.sample(sorted(knobs), min(len(knobs), how_many)):
-            old, line, first, last = knobs[name]
+            old, place = knobs[name]
             # One move in five goes against what was learnt, which was learnt from noisy scores.
             sign = way.get(name, rng.choice((-1, 1))) * rng.choice((1, 1, 1, 1, -1))
             # Steps widen with the attempts: what is near has been seen.
             size = step.get(name, 0.5) * rng.uniform(0.5, 1.5) * 1.03 ** attempt
             new = moved(old, sign * size)
             if new != old:
-                lines[line] = f"{lines[line][:first]}{new!r}{lines[line][last:]}"
+                line = lines[place.lineno - 1]
+                lines[place.lineno - 1] = (
+                    f"{line[:place.col_offset]}{new!r}{line[place.end_col_offset:]}")
                 moves.append(f"{name} {old!r} -> {new!r}")
         yield ", ".join(moves), "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8  Show: the live line, the verdict, the summary, progress.svg
 
 
@@ -891,12 +861,13 @@ def progress_svg(rows: list[dict], noise: float, confirmed: dict | None) -> str:
 
 
 class Lab:
-    """What the threads share: ledger, incumbent, fingerprints, what waits, the accelerators.
+    """What the threads share: the ledger, the experiments, the accelerators.
 
     With an LLM two threads for each accelerator do research, so that one drafts while the run of
-    the other trains, and one for each lets the search fill in. Without an LLM one each.
+    the other trains, and one for each lets the search fill in. Without an LLM one each. One more
+    takes care of what a person edits.
 
-    1. The ledger, the incumbent, the fingerprints, what waits and train.py change under one lock.
+    1. The ledger, the experiments, what is active and train.py change under one lock.
     2. Nobody waits for an accelerator, an answer or a run while holding it. An accelerator is held
        only inside `with self.accelerator(...)`; the LLM is asked only outside.
     3. Judging and recording are one hold of the lock, else two keeps overtake each other.
@@ -909,26 +880,30 @@ class Lab:
         self.lock = threading.Condition()           # wait() lets go of it meanwhile
         self.stop = threading.Event()
         self.rows = read_ledger(repair=True)
-        self.incumbent = Experiment(0, "baseline")
-        self.conditions = json.loads(read(CONDITIONS)) if CONDITIONS.exists() else {}
-        self.seen: dict[str, int] = {}              # fingerprint -> experiment
-        self.notes: dict[int, str] = {}             # experiment -> steps, tokens/s, losses
-        self.ideas: dict[int, str] = {}             # experiment -> why it should help
-        self.waiting: list[Experiment] = []         # sent back, edited, or left by a kill
+        self.experiments: dict[int, Experiment] = {}    # by number, also those without a row
         self.active: list[Experiment] = []          # what the threads are at
-        self.last_number = max((int(row["experiment"]) for row in self.rows), default=0)
+        self.conditions = json.loads(read(CONDITIONS)) if CONDITIONS.exists() else {}
         self.left = math.inf                        # experiments still to be recorded
-        self.recheck = False                        # is the incumbent to be run anew?
+        self.discards = 0                           # in a row, since the incumbent last ran
         self.false_starts = 0                       # runs in a row that did not start
-        self.failures: list[BaseException] = []     # of threads; the first one ends the night
         self.free = dict.fromkeys(range(args.workers), time.monotonic())    # accelerator -> since
-        self.devices: list[str] = []                # for CUDA_VISIBLE_DEVICES; [] without CUDA
         self.live: dict[int, str] = {}              # accelerator -> how far its run is
         self.program = ""                           # the last program.md that could be read
         self.history = HISTORY                      # halved when a prompt was too long
         self.tokens = 0                             # in and out, in this start
-        self.away = 0                               # requests in a row without an answer
-        self.in_vain = 0                            # replies in a row that led to no score
+        self.away = False                           # does the LLM give no answer?
+        self.in_vain = 0                            # requests in a row that led to no score
+
+    @property
+    def incumbent(self) -> Experiment:
+        kept = [row["experiment"] for row in self.rows if row["status"] == "keep"]
+        return self.experiments[int(kept[-1]) if kept else 0]
+
+    @property
+    def waiting(self) -> list[Experiment]:      # left by a kill, sent back, or a person's
+        recorded = {int(row["experiment"]) for row in self.rows}
+        return [exp for exp in self.experiments.values()
+                if exp.number not in recorded and exp not in self.active]
 
     @property
     def noise(self) -> float:
@@ -936,7 +911,11 @@ class Lab:
 
     @property
     def spent(self) -> bool:
-        return self.tokens >= self.args.tokens
+        return self.tokens >= (self.args.tokens or math.inf)
+
+    @property
+    def over(self) -> bool:
+        return self.left <= 0 or self.stop.is_set()
 
     def research(self, by: str):
         """Propose, run, judge, record, until there have been as many experiments as asked for."""
@@ -951,123 +930,142 @@ class Lab:
                 self.send_back(exp, *problem.args)
 
     def take(self, by: str) -> Experiment | None:
-        """Return what to go on with: an experiment that waits, or a new one; None at the end."""
-        filling = self.llm and by == "search"
+        """Return what to go on with: what waits, or a new one; None: there is enough."""
+        def mine() -> list[Experiment]:     # without an LLM, search goes on with its drafts
+            return [exp for exp in self.waiting
+                    if exp.by == by or by == "search" and exp.source and not self.llm]
+
         with self.lock:
             self.save_edit()
-            while filling and not self.over() and not self.needs_filling():
-                self.lock.wait(0.2)
-            # Search may overtake drafts of the LLM: accelerator() counts what it runs.
-            full = not filling and len(self.active) >= self.left
-            if self.over() or full or by == "llm" and self.spent:
+            drafts = [exp for exp in self.active if exp.by == "llm"]
+            if self.over or by == "llm" and (self.spent or len(drafts) >= self.left):
                 return None
-            mine = [exp for exp in self.waiting if not self.llm or (exp.by == "llm") != filling]
-            exp = mine[0] if mine else self.new_experiment(by)
-            self.waiting = [other for other in self.waiting if other is not exp]
+            if by == "human":
+                self.wait_until(lambda: bool(mine()))
+            exp = mine()[0] if mine() else self.new_experiment(by)
             self.active.append(exp)
             return exp
 
-    def over(self) -> bool:
-        return self.left <= 0 or self.stop.is_set()
+    def wait_until(self, condition: Callable[[], bool]):
+        """Wait, without the lock, until something is the case. At the end, end the thread."""
+        while not (self.over or condition()):
+            self.lock.wait(0.2)     # nobody is notified of a stop, or that time has passed
+        if self.over:
+            sys.exit()              # this thread alone
 
-    def needs_filling(self) -> bool:
-        """Does a person's edit wait, or has an accelerator been idle for so long that search gets
-        it, whatever keeps the LLM?"""
-        patience = 0 if self.spent else IDLE_SHARE * self.conditions.get("budget", 60)
-        idle = [since for since in self.free.values() if time.monotonic() - since >= patience]
-        return bool(idle) or any(exp.by == "human" for exp in self.waiting)
+    @contextlib.contextmanager
+    def accelerator(self, exp: Experiment) -> Iterator[int]:
+        """Wait for a free accelerator and have it until the end of the block."""
+        def may_have() -> bool:
+            # The search fills in for the LLM, whatever keeps it, once one has been idle for long.
+            fills = self.llm and exp.by == "search" and not self.spent
+            patience = IDLE_SHARE * self.conditions.get("budget", 60) if fills else 0
+            idle = any(time.monotonic() - since >= patience for since in self.free.values())
+            # What waits for the last accelerators may never be needed.
+            needed = self.args.workers - len(self.free) < self.left
+            # A person's edit goes first.
+            edits = [other for other in self.waiting + self.active
+                     if other.by == "human" and not other.tries]
+            return idle and needed and not (edits and exp in self.active and exp.by != "human")
+
+        with self.lock:
+            self.wait_until(may_have)
+            gpu = min(self.free)
+            del self.free[gpu]
+        try:
+            yield gpu
+        finally:
+            with self.lock:
+                self.live.pop(gpu, None)
+                self.free[gpu] = time.monotonic()
+                self.lock.notify_all()
 
     def new_experiment(self, by: str) -> Experiment:
-        self.last_number += 1
-        return Experiment(self.last_number, by)
-
-    def send_back(self, exp: Experiment, problem: str, log: str = "", its_fault: bool = True):
-        """Return exp to its LLM with what is wrong, RETURNS times at most; else it is a crash."""
-        with self.lock:
-            self.in_vain += exp.by == "llm"
-            if self.in_vain == IN_VAIN:     # said once: the counter goes on, or begins anew
-                say(f"LLM: {IN_VAIN} replies in a row led to no score; it is asked less often")
-            if not (self.llm and exp.by == "llm" and its_fault and len(exp.turns) // 2 < RETURNS):
-                self.record(exp, "crash", problem)
-                return
-            exp.turns.append(complaint(problem, log))
-            exp.source, exp.fingerprint, exp.runs = "", "", []
-            exp.save()
-            say(f"#{exp.number} goes back to the LLM: {one_line(problem, 100)}")
-            self.active.remove(exp)
-            self.waiting.insert(0, exp)
+        number = max(self.experiments) + 1
+        self.experiments[number] = Experiment(number, by)
+        return self.experiments[number]
 
     def save_edit(self):
         """Make a person's edit of train.py an experiment, and train.py the incumbent again."""
-        source = read(TRAIN) if TRAIN.exists() else self.incumbent.source
-        if source == self.incumbent.source or not source.strip():   # empty: just being written
+        best = self.incumbent.source
+        source = read(TRAIN) if TRAIN.exists() else best
+        if source == best or not source.strip():        # empty: just being written
             return
         edit = self.new_experiment("human")
         edit.description, edit.source = f"a person's edit of {TRAIN}", source
         edit.save()
-        write_whole(TRAIN, self.incumbent.source)
-        self.waiting.insert(0, edit)
+        write_whole(TRAIN, best)
         say(f"{TRAIN} was edited: saved as {edit.folder / TRAIN}, to be measured next; {TRAIN} is "
             f"the incumbent again")
+
+    def send_back(self, exp: Experiment, problem: str, log: str = "", its_fault: bool = True):
+        """Return exp to its LLM with what is wrong, RETURNS times at most; else it is a crash."""
+        with self.lock:
+            self.in_vain += exp.by == "llm" and its_fault
+            if self.in_vain == IN_VAIN:     # said once: the counter goes on, or begins anew
+                say(f"LLM: {IN_VAIN} replies in a row led to no score; it is asked less often")
+            if not (self.llm and exp.by == "llm" and its_fault and len(exp.turns) // 2 < RETURNS):
+                return self.record(exp, "crash", problem)
+            exp.turns.append(complaint(problem, log))
+            exp.source, exp.fingerprint, exp.runs = "", "", []
+            exp.save()
+            self.active.remove(exp)
+            say(f"#{exp.number} goes back to the LLM: {one_line(problem, 100)}")
 
     def propose(self, exp: Experiment):
         """Have the LLM write exp's next reply. Search is so quick that build() does it."""
         if exp.by != "llm" or exp.source:
             return
         if len(exp.turns) % 2 == 0:     # else a kill came between the reply and its use
-            answer = self.ask(exp)
-            exp.turns.append(answer.text.strip() or "(nothing)")
-            exp.save()
-            if not answer.whole:
-                raise Unusable(f"the reply is not whole (finish reason {answer.finish}): be brief")
+            self.ask(exp)
         self.build(exp)
 
-    def ask(self, exp: Experiment) -> Answer:
-        """Return an answer of the LLM, however long it takes; save at once what was paid for.
+    def ask(self, exp: Experiment):
+        """Add the LLM's reply to exp's turns, however long it takes. Raises Unusable if it is cut.
 
         While the LLM is away, or its replies lead to nothing, it is asked less and less often.
         """
-        room = 0
+        room = wait = 0
         exp.folder.mkdir(parents=True, exist_ok=True)
         while True:
-            patience = max(self.away, self.in_vain - IN_VAIN + 1)
-            if patience > 0:
-                pause = min(LONGEST_PAUSE, 2 ** min(patience, 20)) * random.uniform(0.5, 1)
-                self.stop.wait(pause)
-            if self.over() or self.spent:
-                raise Enough
-            prompt = self.prompt(exp)
-            write_whole(exp.folder / f"prompt-{exp.calls}.md",
-                        prompt[0] + "".join(prompt[1]) + prompt[2])
+            # 0.5 s after the first in vain, 1, 2, 4 ... and not by all threads at the same time
+            pause = min(LONGEST_PAUSE, 2 ** (self.in_vain - 2)) if self.in_vain else 0
+            self.stop.wait(max(pause * random.uniform(0.5, 1), min(wait, LONGEST_PAUSE)))
+            if self.over or self.spent:
+                sys.exit()              # this thread alone
+            system, stable, now = prompt = self.prompt(exp)
+            write_whole(exp.folder / f"prompt-{exp.calls}.md", system + "".join(stable) + now)
             try:
                 answer = self.llm.ask(prompt, exp.turns, room)
             except Away as error:
-                self.note_absence(error)
+                why, wait = error.args
+                self.take_absence(why, isinstance(error, TooLong))
                 continue
-            self.count(exp, answer)
-            if room or answer.finish not in ("length", "max_tokens"):
-                return answer
-            room = MORE_ROOM        # most likely its thoughts have used up the limit
+            again = not room and answer.finish in ("length", "max_tokens")
+            self.take_answer(exp, answer, is_turn=not again)
+            if not again:
+                break
+            room = MORE_ROOM            # most likely its thoughts have used up the limit
+        if not answer.whole:
+            raise Unusable(f"the reply is not whole (finish reason {answer.finish}): be brief")
 
-    def note_absence(self, error: Away):
-        """Say once that the LLM is away. A prompt that is too long gets half of the history."""
-        why, seconds = error.args
+    def take_absence(self, why: str, too_long: bool):
+        """Halve a history that was too long; else say once that the LLM is away."""
         with self.lock:
-            if isinstance(error, TooLong) and self.history:
+            if too_long and self.history:
                 self.history //= 2
                 say(f"LLM: {why}; of the history it gets {self.history} experiments from now on")
                 return
-            self.away += 1
-            if self.away == 1:
+            if not self.away:
                 say(f"LLM: {why}; it is asked again at times, and search fills in")
-        self.stop.wait(min(seconds, LONGEST_PAUSE))
+            self.away = True
+            self.in_vain += 1
 
-    def count(self, exp: Experiment, answer: Answer):
-        """Save an answer and what it has cost."""
+    def take_answer(self, exp: Experiment, answer: Answer, is_turn: bool):
+        """Save an answer at once, since it was paid for."""
         with self.lock:
-            if self.away:
-                say("LLM: it answers again")
-            self.away = 0
+            if is_turn:
+                exp.turns.append(answer.text.strip() or "(nothing)")
             write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
             write_whole(exp.folder / f"response-{exp.calls}.json", json.dumps(answer.raw, indent=1))
             exp.model, exp.calls = self.llm.model, exp.calls + 1
@@ -1076,6 +1074,9 @@ class Lab:
             exp.output_tokens += answer.output_tokens
             exp.save()
             self.tokens += answer.input_tokens + answer.output_tokens
+            if self.away:
+                self.away, self.in_vain = False, 0
+                say("LLM: it answers again")
             if self.llm.warning:
                 say(f"WARNING: {self.llm.warning}")
                 self.llm.warning = ""
@@ -1088,34 +1089,30 @@ class Lab:
             with contextlib.suppress(OSError):      # an editor may just be replacing it
                 self.program = PROGRAM.read_text("utf-8", "replace")
             if not self.program:
-                raise Stop(f"{PROGRAM} cannot be read, and it tells the researcher what to do: "
-                           f"write one, or git checkout {PROGRAM}")
-            best = self.incumbent
-            stable = [f"# The machine\n{self.machine()}\n\n# The incumbent: experiment "
-                      f"{best.number}\n```python\n{best.source.rstrip()}\n```\n\n# History, oldest "
-                      f"first: number, verdict, val_bpb (0 for a crash), who: what | gain over the "
-                      f"incumbent of then; steps, tokens/s, training loss at each quarter\n"]
-            stable += history(self.rows, self.notes, self.ideas, self.history)
-            margin = WIN * standard_error(1, len(best.scores), self.noise)
+                raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
+            best, noise = self.incumbent, self.noise
+            facts = "\n".join(f"{name}: {fact}" for name, fact in self.conditions.items()
+                              if name not in ("sha256", "prepare", "folder", "threads", "name"))
+            if tokens := self.conditions.get("train_tokens"):
+                share = best.runs[-1].get("num_tokens", 0) / tokens
+                facts += f"\na run of the incumbent trains on {share:.2g} times the train_tokens"
+            begin = (f"# The machine\n{facts}\n\n# The incumbent: experiment {best.number}\n"
+                     f"```python\n{best.source.rstrip()}\n```\n\n# History, oldest first: number, "
+                     f"verdict, val_bpb (0 for a crash), who: what | gain over the incumbent of "
+                     f"then; steps, tokens/s\n")
+            scores = ", ".join(f"{score:.4f}" for score in best.scores)
+            margin = WIN * standard_error(1, len(best.scores), noise)
             now = (f"\n# Now\nThe incumbent has {statistics.fmean(best.scores):.4f}, of runs with "
-                   f"{', '.join(f'{score:.4f}' for score in best.scores)}{note(best)}. The noise "
-                   f"between seeds is {self.noise:.4f}. More code has to win by {margin:.4f}.\n")
+                   f"{scores}. The noise between seeds is {noise:.4f}. More code has to win by "
+                   f"{margin:.4f}.\n")
             if changed := drift(best):
                 now += f"Since it was scored {changed}: what lost to it need not be worse.\n"
-            for other in self.active:
-                if other is not exp:
+            for other in self.active:       # a search's has no description until it runs
+                if other is not exp and (other.description or other.by == "llm"):
                     what = other.description or "being written from this same text: go another way"
                     now += f"In progress: #{other.number}: {what}\n"
+            stable = [begin, *history(self.rows, self.experiments, self.history)]
             return RULES + self.program, stable, now + "Propose the next experiment."
-
-    def machine(self) -> str:
-        """Return what a researcher has to know about the place where runs happen."""
-        facts = {name: value for name, value in self.conditions.items()
-                 if name not in ("sha256", "prepare", "folder", "threads")}
-        if tokens := facts.get("train_tokens"):
-            seen = statistics.fmean(run.get("num_tokens", 0) for run in self.incumbent.runs)
-            facts["train_tokens"] = f"{tokens}; a run of the incumbent: {seen / tokens:.2g} times"
-        return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
     def build(self, exp: Experiment):
         """Make exp a change of the present incumbent, unless it is or has run. Raises Unusable."""
@@ -1123,103 +1120,79 @@ class Lab:
             best = self.incumbent
             if exp.runs or exp.fingerprint and exp.base == best.number:
                 return
+            candidates = [(exp.description, exp.source)]    # a person's, who saw what they changed
             if exp.by == "search":
                 rng = random.Random(f"{exp.number} {best.fingerprint}")
                 cuda = self.conditions.get("device") not in ("cpu", "mps")
                 candidates = search(rng, best.source, self.rows, cuda)
-            elif exp.by == "llm":
+            if exp.by == "llm":
                 candidates = [apply_reply(exp.turns[-1], best.source)]
+                exp.idea = idea(exp.turns[-1])
                 if exp.source == candidates[0][1]:      # the same from another incumbent
                     raise Unusable("a whole file, but the incumbent has changed since you wrote it")
-                exp.idea = idea(exp.turns[-1])
-            else:
-                candidates = [(exp.description, exp.source)]
             for description, source in candidates:
                 fingerprint = screen(source)
-                twin = self.seen.setdefault(fingerprint, exp.number)
-                if twin == exp.number:
+                twins = [other.number for other in self.experiments.values()
+                         if other.fingerprint == fingerprint and other is not exp]
+                if not twins:
                     exp.description, exp.source = description, source
                     exp.fingerprint, exp.base = fingerprint, best.number
                     exp.save()
                     return
-            raise Unusable(f"the same program as experiment {twin}, comments aside")
-
-    @contextlib.contextmanager
-    def accelerator(self, exp: Experiment) -> Iterator[int]:
-        """Wait for a free accelerator and have it until the end of the block."""
-        def may_have() -> bool:
-            # What waits for the last accelerators may never be needed; a person's edit goes first.
-            edits = [other for other in (*self.waiting, *self.active)
-                     if other.by == "human" and other is not exp and not other.tries]
-            return (bool(self.free) and self.args.workers - len(self.free) < self.left
-                    and not (edits and exp.by == "llm"))
-
-        with self.lock:
-            while not may_have() and not self.over():
-                self.lock.wait(0.2)
-            if self.over():
-                raise Enough
-            gpu = next(iter(self.free))
-            del self.free[gpu]
-        try:
-            yield gpu
-        finally:
-            with self.lock:
-                self.live.pop(gpu, None)
-                self.free[gpu] = time.monotonic()
-                self.lock.notify_all()
+            raise Unusable(f"the same program as experiment {twins[0]}, comments aside")
 
     def run(self, exp: Experiment, gpu: int):
         """Train exp once more. Raises Unusable if that gives no score."""
         with self.lock:
-            anew, self.recheck = self.recheck, False
-            best = self.incumbent
+            best, anew = self.incumbent, self.discards >= RECHECK
+            self.discards *= not anew
         if anew:    # a score from a lucky seed or a fast hour must not block the night
             say(f"#{best.number} is the incumbent, and {RECHECK} discards in a row lost to it: it "
                 f"runs once more")
             try:
-                best.runs.append(self.measure(best, gpu) | {"anew": True})
+                self.measure(best, gpu, best.runs, anew=True)
             except Unusable as problem:
                 say(f"#{best.number} did not run again: {problem.args[0]}")
-            best.save()
-        exp.runs.append(self.measure(exp, gpu))
-        exp.save()
+        self.measure(exp, gpu, exp.runs)
         if exp.by == "llm":
             self.in_vain = 0
 
-    def measure(self, exp: Experiment, gpu: int) -> dict:
-        """Train exp on a seed that no other run has and return the report. Raises Unusable."""
-        k, exp.tries = exp.tries, exp.tries + 1
-        exp.save()              # counted before it begins: it may be what kills the driver
-        log, budget = exp.folder / f"run-{k}.log", self.args.budget or self.conditions.get("budget")
-        command = [*self.args.launch, sys.executable, "prepare.py", "--run",
-                   str(exp.folder / "train.py"), "--seed", str(1000 * exp.number + k + 1),
-                   "--folder", str(self.args.folder), *(["--budget", str(budget)] * bool(budget))]
-        losses = []             # as it prints them, at each quarter of the training
+    def measure(self, exp: Experiment, gpu: int, reports: list[dict], **more: bool):
+        """Train exp on a seed that no other run has; add the report to a list. Raises Unusable."""
+        with self.lock:
+            k, exp.tries = exp.tries, exp.tries + 1
+            exp.save()          # counted before it begins: it may be what kills the driver
+        log, seed = exp.folder / f"run-{k}.log", 1000 * exp.number + k + 1
+        command = [*self.args.launch, sys.executable, "prepare.py", "--folder", self.args.folder,
+                   "--run", str(exp.folder / "train.py"), "--seed", str(seed)]
+        if budget := self.args.budget or self.conditions.get("budget"):
+            command += ["--budget", str(budget)]
 
         def on_event(kind: str, event: dict, printed: str):
             if kind == "setup":
                 self.check_conditions(event)
-            quarter = event.get("share", 0) >= (len(losses) + 1) / 4 or kind == "evaluation"
-            if quarter and (loss := re.search(r"loss\W*(\d+\.\d+)", printed)):
-                losses.append(float(loss[1]))
-            self.live[gpu] = f"#{exp.number} {exp.by} run {k + 1} " + (
-                f"{event['share']:4.0%}  {event['tokens_per_second']:.0f} tokens/s  {printed}"
-                if kind == "progress" else kind)
+            if kind == "progress":
+                kind = f"{event['share']:.0%} {event['tokens_per_second']:.0f} tokens/s {printed}"
+            self.live[gpu] = f"#{exp.number} {exp.by} run {k + 1} {kind}"
 
-        report = run_command(command, log, self.environment(gpu), bool(self.args.launch), self.stop,
-                             on_event)
+        try:
+            report = run_command(command, log, self.environment(gpu), bool(self.args.launch),
+                                 self.stop, on_event)
+            if not report["reason"]:
+                reports.append(report | more)
+        finally:                # after a refusal as well, since only a death counts as one
+            with self.lock:
+                exp.ended += 1
+                exp.save()
+        reason, started = report["reason"], report["started"]
+        if reason and self.stop.is_set():
+            sys.exit()          # this thread alone
         with self.lock:
-            exp.ended += 1
-            exp.save()
-            if self.stop.is_set() and report["reason"]:
-                raise Enough
-            self.false_starts = 0 if report["started"] else self.false_starts + 1
+            self.false_starts = 0 if started else self.false_starts + 1
             if self.false_starts == FALSE_STARTS:
-                raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {report['reason']}")
-            if report["reason"]:
-                raise Unusable(report["reason"], log_end(log), report["started"])
-            return report | {"losses": losses}
+                raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {reason}")
+        if reason:
+            raise Unusable(reason, log_end(log), started)
 
     def judged(self, exp: Experiment) -> bool:
         """Judge exp by its runs so far, and record it; False if it has to run, or run again."""
@@ -1231,186 +1204,155 @@ class Lab:
             verdict = judge(exp.scores, best.scores, noise, longer)
             gain = statistics.fmean(best.scores) - statistics.fmean(exp.scores)
             reason = f"{gain:+.4f} ({gain / max(noise, 1e-9):+.1f} noise) against #{best.number}"
-            if verdict == "again":
-                say(f"#{exp.number} {exp.by} {exp.scores[-1]:.4f} looks better, {reason}: once "
-                    f"more, on a fresh seed")
-                return False
-            self.record(exp, verdict, reason)
-            return True
+            if verdict == "again":          # once more, on a fresh seed
+                say(f"#{exp.number} {exp.by} {exp.scores[-1]:.4f} looks better, {reason}")
+            else:
+                self.record(exp, verdict, reason)
+            return verdict != "again"
 
     def record(self, exp: Experiment, status: str, reason: str):
         """Make a verdict last. The row comes last: before it, a kill means judging again."""
         with self.lock:
             self.save_edit()
-            commit = hashlib.sha1(exp.source.encode("utf-8", "surrogateescape")).hexdigest()[:7]
+            commit = ""
             if status == "keep" and exp.number:
                 write_whole(TRAIN, exp.source)
-                commit = git_commit(exp.description, reason) or commit
+                commit = git_commit(exp.description, reason)
             row = ledger_row(exp, status, reason, commit)
             append_row(row)
             self.rows.append(row)
             self.left -= 1
+            self.discards = 0 if status == "keep" else self.discards + (status == "discard")
+            if status != "keep":        # it stands in its folder; a night has a thousand of them
+                exp.source, exp.turns = "", []
             self.active = [other for other in self.active if other is not exp]
-            self.remember(exp)
-            self.incumbent = exp if status == "keep" else self.incumbent
-            last = max(i for i, row in enumerate(self.rows) if row["status"] == "keep")
-            lost = [row["status"] for row in self.rows[last:]].count("discard")
-            self.recheck |= status == "discard" and lost % RECHECK == 0
-            self.draw()
+            write_whole(PLOT, progress_svg(self.rows, self.noise, read_confirmed()))
             say(verdict_line(row))
-
-    def remember(self, exp: Experiment):
-        """Keep what prompts and the summary need of an experiment, and no more of it in memory."""
-        if exp.runs:
-            self.notes[exp.number] = note(exp)
-        if exp.idea:
-            self.ideas[exp.number] = exp.idea
-
-    def draw(self):
-        write_whole(PLOT, progress_svg(self.rows, self.noise, read_confirmed()))
 
     def environment(self, gpu: int) -> dict[str, str]:
         """Return the environment of an accelerator's runs: its GPU, or its share of the cores."""
         if self.args.launch or self.args.workers == 1:
             return run_environment()
-        if self.devices:
-            return run_environment(CUDA_VISIBLE_DEVICES=self.devices[gpu % len(self.devices)])
+        if names := self.args.devices:
+            return run_environment(CUDA_VISIBLE_DEVICES=names[gpu % len(names)])
         return run_environment(OMP_NUM_THREADS=str(os.cpu_count() // self.args.workers or 1))
 
     def check_conditions(self, event: dict):
         """Refuse a run whose score could not be compared with the baseline's."""
-        compared = ("data", "sha256", "device", "threads", "torch", "budget", "seq_len",
-                    "vocab_size", "prepare")
-        facts = "processor", "bf16", "train_tokens", "bytes_per_token"
         with self.lock:
             if not self.conditions:
-                self.conditions = {name: event.get(name) for name in (*compared, *facts)}
-                self.conditions["folder"] = str(self.args.folder)
+                self.conditions = event | {"folder": str(self.args.folder)}
                 write_whole(CONDITIONS, json.dumps(self.conditions, indent=1))
-        for name in compared:
-            old, new = self.conditions.get(name, event.get(name)), event.get(name)
-            if old != new:
+        for name in COMPARED:
+            new = event.get(name)
+            if (old := self.conditions.get(name, new)) != new:      # older files lack some names
                 raise Stop(f"{LEDGER} was measured with {name} {old} and this start has {new}: "
                            f"start it as before, or move {LEDGER} and {FOLDER}/ away for a new "
                            f"beginning")
 
     def recover(self):
         """Go on where the last start ended, and leave train.py as the incumbent."""
-        judged = {int(row["experiment"]): row["status"] for row in self.rows}
-        kept = [row for row in self.rows if row["status"] == "keep"]
-        if kept:
-            row = kept[-1]      # the ledger alone is enough to go on
-            scores = scores_of(row)
-            self.incumbent = Experiment(int(row["experiment"]), row["by"], tries=len(scores))
-        for exp in experiments():
-            self.last_number = max(self.last_number, exp.number)
-            self.seen.setdefault(exp.fingerprint, exp.number)
-            self.remember(exp)
-            if kept and exp.number == self.incumbent.number:
-                self.incumbent = exp
-            # A proposal without a source needs an LLM to go on.
-            elif exp.number not in judged and (exp.source or self.llm):
-                self.waiting.append(exp)
-        if not kept:
+        for row in self.rows:       # the ledger alone is enough to go on
+            runs = [{"val_bpb": score} for score in scores_of(row)]
+            exp = Experiment(int(row["experiment"]), row["by"], runs=runs, tries=len(runs))
+            self.experiments[exp.number] = exp
+        self.experiments |= {exp.number: exp for exp in experiments()}
+        if not self.rows:
             return
         best = self.incumbent
-        if not best.source:
-            best.source = read(TRAIN)
-            best.runs = [{"val_bpb": score, "train_seconds": 1} for score in scores]
+        best.source = best.source or read(TRAIN)
         # A kill between the two writes of a keep has left a candidate in train.py. It waits, and
         # is judged again; anything else that is no incumbent there is a person's edit.
         if not TRAIN.exists() or read(TRAIN) in [exp.source for exp in self.waiting]:
             write_whole(TRAIN, best.source)
-        for exp in [exp for exp in self.waiting if exp.tries - exp.ended >= DEATHS]:
-            self.waiting.remove(exp)
-            self.record(exp, "crash", f"the driver or the machine died {DEATHS} times under it")
+        for exp in self.waiting:
+            if exp.tries - exp.ended >= DEATHS:
+                self.record(exp, "crash", f"the driver or the machine died {DEATHS} times under it")
 
     def measure_baseline(self):
         """Make train.py as found the first incumbent, by BASELINE_RUNS runs."""
         try:
-            base = Experiment(0, "baseline", "baseline", source=read(TRAIN))
-            base.fingerprint = screen(base.source)
+            source = read(TRAIN)
+            fingerprint = screen(source)
         except (OSError, Unusable) as error:
             raise Stop(f"{TRAIN} cannot be the baseline: {error}: git checkout {TRAIN}") from None
-        begun = [exp for exp in self.waiting if exp.fingerprint == base.fingerprint]
-        self.incumbent = base = begun[0] if begun else base
-        self.waiting, self.seen[base.fingerprint] = [], 0
-        base.save()
+        base = self.experiments.get(0)              # a kill may have left some of its runs
+        if not base or base.fingerprint != fingerprint:
+            base = Experiment(0, "baseline", "baseline", source=source, fingerprint=fingerprint)
+        self.experiments[0] = base
         say(f"baseline    {TRAIN} as it is, {BASELINE_RUNS} runs")
         self.measure_all([(base, base.runs)] * (BASELINE_RUNS - len(base.runs)), base.save)
         self.record(base, "keep", "the baseline")
 
     def measure_all(self, todo: list[tuple[Experiment, list]], save: Callable[[], None]):
         """Run each of some experiments, in this order, and add its report to the list beside it."""
-        todo = todo.copy()
+        remaining = iter(todo)
 
         def worker():
-            while todo:
-                with self.lock:
-                    exp, reports = todo.pop(0)
+            for exp, reports in remaining:      # each thread takes the next one
                 try:
                     with self.accelerator(exp) as gpu:
-                        report = self.measure(exp, gpu)
+                        self.measure(exp, gpu, reports)
                 except Unusable as problem:
                     raise Stop(f"#{exp.number} does not run: {problem.args[0]}; see {exp.folder}/"
                                f"run-*.log and mend {TRAIN}") from None
                 with self.lock:
-                    reports.append(report)
                     save()
-        self.in_threads([worker] * min(self.args.workers, len(todo)))
+
+        self.in_threads([worker] * self.args.workers)
 
     def confirm(self, n: int):
-        """Run baseline and incumbent n times each, on seeds that decided nothing, for an honest
-        gain: what was kept was chosen because it scored well, so its own score is too good."""
-        best = self.incumbent
-        if not self.rows or not best.number:
+        """Run baseline and incumbent n times each, on seeds that decided nothing.
+
+        What was kept was chosen because it scored well, so its own score is too good.
+        """
+        if not self.rows or not self.incumbent.number:
             raise Stop("nothing was kept yet, so there is no gain to confirm: go on without "
                        "--confirm")
-        base = next((exp for exp in experiments() if exp.number == 0), None)
-        if not base:
-            raise Stop(f"{FOLDER}/0000 is missing, so the baseline cannot be run again")
+        base, best = self.experiments[0], self.incumbent
+        if not base.source:
+            raise Stop(f"{base.folder} is missing, so the baseline cannot be run again")
         state = read_confirmed() or {}
         if state.get("incumbent") != best.number:
             state = {"incumbent": best.number, "baseline_runs": [], "incumbent_runs": []}
         a, b = state["baseline_runs"], state["incumbent_runs"]
-        base.tries, best.tries = (max(exp.tries, BASELINE_RUNS) for exp in (base, best))
-        # In turns, so that a machine that slows down slows both.
-        todo = [pair for i in range(n) for pair in [(base, a)] * (i >= len(a))
-                + [(best, b)] * (i >= len(b))]
+        # In turns, so that a machine that slows down slows both; without what a kill has left.
+        todo = [(exp, runs) for i in range(n) for exp, runs in ((base, a), (best, b))
+                if i >= len(runs)]
         self.measure_all(todo, lambda: write_whole(CONFIRMED, json.dumps(state, indent=1)))
         state["n"] = min(len(a), len(b))
-        for name, key in ("val_bpb", ""), ("test_bpb", "test_"):
-            scores = [[run[name] for run in runs] for runs in (a, b)]
-            state[f"{key}gain"] = statistics.fmean(scores[0]) - statistics.fmean(scores[1])
-            state[f"{key}error"] = math.sqrt(sum(
-                (statistics.variance(s) if len(s) > 1 else self.noise ** 2) / len(s)
-                for s in scores))
-            say(f"{name}: gain {state[key + 'gain']:.4f} +- {state[key + 'error']:.4f} (standard "
-                f"error), {state['n']} fresh seeds each")
+        for name, prefix in ("val_bpb", ""), ("test_bpb", "test_"):
+            before, after = ([run[name] for run in runs] for runs in (a, b))
+            noise = pooled_noise([before, after]) or self.noise     # one run each shows none
+            gain = statistics.fmean(before) - statistics.fmean(after)
+            error = standard_error(len(before), len(after), noise)
+            state |= {f"{prefix}gain": gain, f"{prefix}error": error}
+            say(f"{name}: gain {gain:.4f} ± {error:.4f} (standard error), {state['n']} fresh seeds")
         write_whole(CONFIRMED, json.dumps(state, indent=1))
-        self.draw()
+        write_whole(PLOT, progress_svg(self.rows, self.noise, state))
 
     def in_threads(self, work: list[Callable[[], None]]):
         """Do all of it at the same time and show how far it is; the first failure ends it."""
-        def guarded(one: Callable):
+        failures = []
+
+        def guarded(one: Callable[[], None]):
             try:
                 one()
-            except Enough:      # a thread's way home
-                return
-            except BaseException as error:
-                self.failures.append(error)
+            except Exception as error:      # sys.exit() is no failure
+                failures.append(error)
+
         threads = [threading.Thread(target=guarded, args=[one], daemon=True) for one in work]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads) and not self.failures:
+        while any(thread.is_alive() for thread in threads) and not failures:
             # One that still waits for an answer is not needed once there are enough experiments.
-            if self.over() and len(self.free) == self.args.workers:
+            if self.over and len(self.free) == self.args.workers:
                 break
-            running = " | ".join(self.live.copy().values()) or "waiting for the LLM"
-            show(" | ".join(filter(None, [running, drift(self.incumbent)])))
+            words = [*self.live.copy().values(), drift(self.incumbent)]
+            show(" | ".join(filter(None, words)) or "waiting for the LLM")
             time.sleep(0.2)
-        if self.failures:
-            raise self.failures[0]
+        if failures:
+            raise failures[0]
 
     def night(self):
         """Research until there is enough of it, something fails, or somebody stops it."""
@@ -1420,10 +1362,10 @@ class Lab:
                 return
             if not self.rows:
                 self.measure_baseline()
-            self.left = math.inf if self.args.experiments is None else self.args.experiments
-            researchers = ["llm", "llm", "search"] if self.llm else ["search"]
-            self.in_threads([functools.partial(self.research, by) for by in researchers
-                             for _ in range(self.args.workers)])
+            self.left = self.args.experiments or math.inf
+            n = self.args.workers
+            researchers = ["llm"] * 2 * n * bool(self.llm) + ["search"] * n + ["human"]
+            self.in_threads([lambda by=by: self.research(by) for by in researchers])
         finally:
             for sign in SIGNALS:
                 signal.signal(sign, signal.SIG_IGN)
@@ -1433,36 +1375,26 @@ class Lab:
             say("\n".join(filter(None, [night_summary(self.rows), drift(self.incumbent)])))
 
 
-def note(exp: Experiment) -> str:
-    """Return what the newest run of exp did: "; 812 steps, 33100 tokens/s, loss 3.4 3.1 3 2.9"."""
-    run = exp.runs[-1]
-    if "num_steps" not in run:      # known from the ledger alone
-        return ""
-    losses = " ".join(f"{loss:.2f}" for loss in run.get("losses", []))
-    return (f"; {run['num_steps']} steps, {speed(run):.0f} tokens/s"
-            + f", loss {losses}" * bool(losses))
-
-
 def ledger_row(exp: Experiment, status: str, reason: str, commit: str) -> dict[str, str]:
-    """Return the row of results.tsv."""
-    def each(name: str) -> list[float]:     # run of a candidate that has a score
-        return [run[name] for run in exp.runs if status != "crash"] or [0.0]
+    """Return the row of results.tsv. Without a commit it names train.py by its hash."""
+    sha1 = hashlib.sha1(exp.source.encode("utf-8", "surrogateescape")).hexdigest()
+    runs = exp.runs if status != "crash" else [collections.Counter()]       # zero of everything
     return {
-        "commit": commit if exp.source else "0000000",
-        "val_bpb": f"{statistics.fmean(each('val_bpb')):.6f}",
-        "memory_gb": f"{max(each('peak_memory_mb')) / 1000:.1f}",
+        "commit": commit or (sha1[:7] if exp.source else "0000000"),
+        "val_bpb": f"{statistics.fmean(run['val_bpb'] for run in runs):.6f}",
+        "memory_gb": f"{max(run['peak_memory_mb'] for run in runs) / 1000:.1f}",
         "status": status,
         "description": one_line(exp.description) or "no proposal that could be run",
         "experiment": str(exp.number),
         "by": exp.by,
         "runs": ",".join(f"{run['val_bpb']:.6f}" for run in exp.runs),
-        "test_bpb": f"{statistics.fmean(each('test_bpb')):.6f}",
+        "test_bpb": f"{statistics.fmean(run['test_bpb'] for run in runs):.6f}",
         "reason": one_line(reason),
-        "train_seconds": f"{sum(each('train_seconds')):.1f}",
-        "total_seconds": f"{sum(each('total_seconds')):.1f}",
+        "train_seconds": f"{sum(run['train_seconds'] for run in runs):.1f}",
+        "total_seconds": f"{sum(run['total_seconds'] for run in runs):.1f}",
         "input_tokens": str(exp.input_tokens),
         "output_tokens": str(exp.output_tokens),
-        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")}
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())}
 
 
 def read_confirmed() -> dict | None:
@@ -1503,16 +1435,14 @@ def git_commit(description: str, reason: str) -> str:
 
 
 def ask_prepare(*flags: str) -> str:
-    """Run prepare.py, which has torch and the data; show and return what it prints."""
-    with subprocess.Popen([sys.executable, "prepare.py", *flags], stdout=subprocess.PIPE, text=True,
-                          env=run_environment()) as process:
-        lines = []
+    """Run prepare.py, which has torch and the data; show what it prints, return the last line."""
+    with subprocess.Popen([sys.executable, "prepare.py", *flags], stdout=subprocess.PIPE,
+                          text=True, env=run_environment()) as process:
         for line in process.stdout:
-            lines.append(line)
             print(line, end="", flush=True)
-    if process.returncode:
+    if process.returncode:      # else there was a line
         raise Stop("prepare.py did not get ready, see above")
-    return "".join(lines)
+    return line.strip()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1525,23 +1455,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--base-url", metavar="URL", help="of an OpenAI-compatible or Anthropic endpoint")
     add("--tokens", type=int, metavar="N", help="ask the LLM no more once N are used, in and out")
     add("--workers", type=int, default=1, metavar="N", help="experiments at a time (1)")
-    add("--launch", type=shlex.split, default=[], metavar="PREFIX",
-        help="put before each run's command, as srun is")
+    add("--launch", type=shlex.split, default=[], metavar="PREFIX", help="before a run's command")
     add("--data", metavar="NAME|PATH", help="stdlib, tinystories, c4[:SHARDS], a file or folder")
     add("--confirm", type=int, metavar="N", help="run baseline and incumbent N times each")
     parser.error = lambda message: parser.exit(
         2, f"autoresearch.py: {message}; --help shows the flags\n")
     args = parser.parse_args()
-    for flag, least in (("experiments", 0), ("budget", 0.1), ("workers", 1), ("tokens", 0),
-                        ("confirm", 1)):
-        if getattr(args, flag) is not None and not least <= getattr(args, flag) < math.inf:
-            parser.error(f"--{flag} has to be at least {least}")
+    least = {"experiments": 0, "budget": 0.1, "tokens": 1, "workers": 1, "confirm": 1}
+    for flag, value in vars(args).items():
+        if flag in least and value is not None and not least[flag] <= value < math.inf:
+            parser.error(f"--{flag} has to be at least {least[flag]}")
     configured = args.base_url or any(map(os.environ.get, (
         "OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY")))
+    args.researcher = args.researcher or ("llm" if configured else "search")
     if args.researcher == "llm" and not configured:
         parser.error("--researcher llm needs ANTHROPIC_API_KEY, OPENAI_API_KEY or --base-url")
-    args.researcher = args.researcher or ("llm" if configured else "search")
-    args.tokens = math.inf if args.tokens is None else args.tokens
     if args.launch and not shutil.which(args.launch[0]):
         parser.error(f"--launch: there is no program {args.launch[0]} on this machine")
     if args.data and Path(args.data).exists():      # it may be relative to where we were started
@@ -1549,13 +1477,13 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def lock_folder(file):
+def lock_folder(file: TextIO):
     """Refuse a second driver in this folder."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise Stop("another driver works in this folder: stop it, or use a copy") from None
+    except BlockingIOError:
+        raise Stop("another driver works in this folder: stop it, or use a copy") from None
+    except OSError:
         say("WARNING: this file system has no locks: start no second driver in this folder")
 
 
@@ -1569,17 +1497,16 @@ def start(args: argparse.Namespace):
         lab.recover()
         args.folder = Path(lab.conditions.get("folder", "none"))
         if args.data or not (args.folder / "meta.json").exists():
-            made = ask_prepare(*(["--data", args.data] if args.data else []))
-            args.folder = Path(made.splitlines()[-1])
+            args.folder = Path(ask_prepare(*(["--data", args.data] if args.data else [])))
         if args.workers > 1 and not args.launch:
-            lab.devices = [name for name in ask_prepare("--devices").strip().split(",") if name]
-        if lab.llm and not lab.llm.model:
+            args.devices = [name for name in ask_prepare("--devices").split(",") if name]
+        who = "search; for an LLM set ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENAI_BASE_URL"
+        if lab.llm:
             with contextlib.suppress(Away):     # then it is chosen as soon as the server is there
-                lab.llm.model = lab.llm.choose_model()
-        who = f"{lab.llm.model or 'an LLM'} at {lab.llm.url}" if lab.llm else \
-            "search; for an LLM set ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENAI_BASE_URL"
-        say(f"researcher  {who}\n"
-            f"data        {args.folder.name}\nresults     {len(lab.rows)} rows in {LEDGER}, {PLOT}")
+                lab.llm.model = lab.llm.model or lab.llm.choose_model()
+            who = f"{lab.llm.model or 'an LLM'} at {lab.llm.url}"
+        say(f"researcher  {who}\ndata        {args.folder.name}")
+        say(f"results     {len(lab.rows)} rows in {LEDGER}, {PLOT}")
         lab.night()
 
 
@@ -1601,7 +1528,7 @@ def main() -> int:
         return 0
     except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on where it was")
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        return 128 + stopped.args[0]
     except Stop as stop:
         message = str(stop)
     except OSError as error:
