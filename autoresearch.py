@@ -13,7 +13,7 @@ and goes on all night. Lab.research, in section 9, is that sentence as code.
 Experiment   one candidate train.py and all that was done with it; runs/0007/ is experiment 7
 Run          one training of it with one seed
 Incumbent    the best train.py so far; the file train.py always is the incumbent
-Baseline     experiment 0, train.py as found
+Baseline     experiment 0: train.py as it was at the first start
 Researcher   who proposed an experiment: llm, search, human, or baseline
 Noise        the standard deviation of val_bpb between seeds
 
@@ -56,13 +56,13 @@ try:
 except ImportError:
     raise SystemExit("autoresearch.py: Windows has no fcntl: start it inside WSL2") from None
 
-WIN = 1.0               # standard errors by which more code has to be better, at every look
+WIN = 1.0               # standard errors by which longer code has to win, after each of its runs
 RUNS = 2                # runs that a candidate has to win; RUNS = 1, WIN = 0 is the greedy rule
 BASELINE_RUNS = 3       # runs of the baseline, for the first estimate of the noise
 RECHECK = 8             # discards in a row after which the incumbent runs once more
 IDLE_SHARE = 0.2        # of the budget: an accelerator idle for that long is given to the search
 RETURNS = 2             # times that a proposal goes back to the LLM with what was wrong
-IN_VAIN = 3             # replies in a row without a score, after which the LLM is asked less often
+IN_VAIN = 3             # replies in a row without a score, after which the terminal says so
 LONGEST_PAUSE = 300     # seconds between two requests while the LLM is away, or answers in vain
 MORE_ROOM = 64_000      # output tokens of the second try, after thinking used up the first
 DEATHS = 2              # times that the driver dies under a candidate, which then is a crash
@@ -87,7 +87,7 @@ class Stop(Exception):
 
 
 class Unusable(Exception):
-    """A proposal or a run without a score. args: why[, end of its log, is it its own fault]."""
+    """What is wrong with a proposal, or why a run has no score: Unusable(why, log, its_fault)."""
 
 
 def write_whole(path: Path, text: str):
@@ -128,7 +128,7 @@ class Experiment:
     turns: list[str] = dataclasses.field(default_factory=list)  # reply, complaint, reply, ...
     runs: list[dict] = dataclasses.field(default_factory=list)  # reports of prepare.py, with scores
     tries: int = 0              # runs begun: the number of the next one's log and seed
-    ended: int = 0              # of these; what is missing ended with the driver
+    ended: int = 0              # runs that ended; if below tries, the driver died during one
     model: str = ""             # that was asked
     calls: int = 0              # answers of the LLM, also those that were cut or empty
     input_tokens: int = 0
@@ -140,7 +140,7 @@ class Experiment:
         return FOLDER / f"{self.number:04d}"
 
     @property
-    def scores(self) -> list[float]:        # the newest: the machine may have changed since
+    def scores(self) -> list[float]:    # of the last 3: the machine may have changed since others
         return [run["val_bpb"] for run in self.runs[-BASELINE_RUNS:]]
 
     def save(self):
@@ -188,7 +188,7 @@ def read_ledger(repair: bool) -> list[dict[str, str]]:
     rows = [dict(zip(COLUMNS, line.split("\t"))) for line in lines[1:]]
     for number, row in enumerate(rows, 2):
         try:
-            float(row["val_bpb"]), float(row["test_bpb"]), scores_of(row), row["finished"]
+            int(row["experiment"]), float(row["val_bpb"]), scores_of(row), row["finished"]
         except (KeyError, ValueError):
             raise Stop(f"{LEDGER} line {number} is not a row of this program: mend or delete it; "
                        f"nothing was changed") from None
@@ -390,7 +390,7 @@ def log_end(path: Path, lines: int = 30) -> str:
 # --------------------------------------------------------------------------------------------------
 # 6  LLM: OpenAI-compatible chat completions and Anthropic messages, over raw HTTP
 
-Prompt = tuple[str, list[str], str]     # system text, parts that only grow, what holds now
+Prompt = tuple[str, list[str], str]     # system text, parts that providers cache, changing end
 # whole: neither cut nor empty nor refused. input_tokens: of the whole prompt, cached or not.
 Answer = collections.namedtuple(
     "Answer", "text whole finish input_tokens cached_tokens output_tokens raw")
@@ -579,7 +579,7 @@ def history(rows: list[dict[str, str]], experiments: dict[int, Experiment],
     with_idea = (len(rows) // IDEAS - 1) * IDEAS
     kept = [i for i, row in enumerate(rows) if row["status"] == "keep"]
     texts = []
-    for i in sorted({*kept[-newest:], *range(first, len(rows))}):
+    for i in sorted({*kept[max(0, len(kept) - newest):], *range(first, len(rows))}):
         row, exp = rows[i], experiments[int(rows[i]["experiment"])]
         first_run = exp.runs[0] if exp.runs else {}     # a later one would change the text
         did = (f"; {first_run['num_steps']} steps, {speed(first_run):.0f} tokens/s"
@@ -698,12 +698,12 @@ def find_knobs(source: str, cuda: bool) -> dict[str, tuple[float, ast.expr]]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
             value = node.value
-            if isinstance(value, ast.IfExp):
+            if isinstance(value, ast.IfExp) and ast.unparse(value.test) == "CUDA":
                 value = value.body if cuda else value.orelse
             with contextlib.suppress(ValueError, TypeError, SyntaxError):   # no number: no knob
                 base, _, power = ast.unparse(value).partition(" ** ")
                 number = ast.literal_eval(base) ** ast.literal_eval(power or "1")
-                if number > 0 and value.lineno == value.end_lineno:
+                if number > 0 and base != "True" and value.lineno == value.end_lineno:
                     knobs[node.targets[0].id] = number, value
     return knobs
 
@@ -714,13 +714,14 @@ def moved(value: float, change: float) -> float:
     Powers of two stay powers of two, whole numbers whole; a share from 0.5 up (a momentum, say)
     moves in the log of its distance to 1.
     """
+    change = max(-1.5, min(1.5, change))
     if isinstance(value, int):
         if value & (value - 1) == 0 and value > 2:
             return value * 2 if change > 0 else value // 2
         step = max(1, round(abs(value * math.expm1(change))))
         return value + step if change > 0 else max(1, value - step)
     if 0.5 <= value < 1:
-        return float(f"{1 - (1 - value) * math.exp(-change):.4g}")
+        return float(f"{max(value / 2, 1 - (1 - value) * math.exp(-change)):.4g}")
     return float(f"{value * math.exp(change):.3g}")
 
 
@@ -738,7 +739,7 @@ def search(rng: random.Random, source: str, rows: list[dict[str, str]], cuda: bo
                 gained = row["reason"].startswith("+")
                 step[name] = min(1.5, max(0.1, step.get(name, 0.5) * (1.4 if gained else 0.7)))
                 way[name] = 1 if (float(new) > float(old)) == gained else -1
-    for attempt in range(200):
+    for attempt in range(200 if knobs else 0):
         lines, moves = source.split("\n"), []
         how_many = rng.choice((1, 1, 1, 2, 2, 3))       # mostly one, so that a result teaches
         for name in rng.sample(sorted(knobs), min(len(knobs), how_many)):
@@ -931,7 +932,7 @@ class Lab:
 
     def take(self, by: str) -> Experiment | None:
         """Return what to go on with: what waits, or a new one; None: there is enough."""
-        def mine() -> list[Experiment]:     # without an LLM, search goes on with its drafts
+        def mine() -> list[Experiment]:     # without an LLM, search runs the drafts that one left
             return [exp for exp in self.waiting
                     if exp.by == by or by == "search" and exp.source and not self.llm]
 
@@ -964,9 +965,10 @@ class Lab:
             # What waits for the last accelerators may never be needed.
             needed = self.args.workers - len(self.free) < self.left
             # A person's edit goes first.
-            edits = [other for other in self.waiting + self.active
-                     if other.by == "human" and not other.tries]
-            return idle and needed and not (edits and exp in self.active and exp.by != "human")
+            humans = [other for other in self.active if other.by == "human"] or self.waiting
+            edits = [other for other in humans if other.by == "human" and not other.tries]
+            # Baseline and --confirm are not among the active.
+            return idle and needed and not (edits and exp in self.active and exp not in edits)
 
         with self.lock:
             self.wait_until(may_have)
@@ -1013,7 +1015,7 @@ class Lab:
             say(f"#{exp.number} goes back to the LLM: {one_line(problem, 100)}")
 
     def propose(self, exp: Experiment):
-        """Have the LLM write exp's next reply. Search is so quick that build() does it."""
+        """Have the LLM write a reply, and try it on the incumbent; the others need none."""
         if exp.by != "llm" or exp.source:
             return
         if len(exp.turns) % 2 == 0:     # else a kill came between the reply and its use
@@ -1087,7 +1089,7 @@ class Lab:
         """Return the prompt, with what changes least first: providers cache its beginning."""
         with self.lock:
             with contextlib.suppress(OSError):      # an editor may just be replacing it
-                self.program = PROGRAM.read_text("utf-8", "replace")
+                self.program = PROGRAM.read_text("utf-8", "replace") or self.program
             if not self.program:
                 raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
             best, noise = self.incumbent, self.noise
@@ -1102,9 +1104,10 @@ class Lab:
                      f"then; steps, tokens/s\n")
             scores = ", ".join(f"{score:.4f}" for score in best.scores)
             margin = WIN * standard_error(1, len(best.scores), noise)
+            steps = best.runs[-1].get("num_steps", "?")
             now = (f"\n# Now\nThe incumbent has {statistics.fmean(best.scores):.4f}, of runs with "
-                   f"{scores}. The noise between seeds is {noise:.4f}. More code has to win by "
-                   f"{margin:.4f}.\n")
+                   f"{scores}; the newest took {steps} steps, {speed(best.runs[-1]):.0f} tokens/s. "
+                   f"Noise between seeds: {noise:.4f}. More code has to win by {margin:.4f}.\n")
             if changed := drift(best):
                 now += f"Since it was scored {changed}: what lost to it need not be worse.\n"
             for other in self.active:       # a search's has no description until it runs
@@ -1139,13 +1142,18 @@ class Lab:
                     exp.fingerprint, exp.base = fingerprint, best.number
                     exp.save()
                     return
-            raise Unusable(f"the same program as experiment {twins[0]}, comments aside")
+            if exp.by != "search":
+                raise Unusable(f"the same program as experiment {twins[0]}, comments aside")
+            if not self.llm:
+                raise Stop("search has nothing new to propose: edit train.py, or connect an LLM")
+            self.active.remove(exp)
+            sys.exit()              # this thread alone
 
     def run(self, exp: Experiment, gpu: int):
         """Train exp once more. Raises Unusable if that gives no score."""
         with self.lock:
             best, anew = self.incumbent, self.discards >= RECHECK
-            self.discards *= not anew
+            self.discards = 0 if anew else self.discards
         if anew:    # a score from a lucky seed or a fast hour must not block the night
             say(f"#{best.number} is the incumbent, and {RECHECK} discards in a row lost to it: it "
                 f"runs once more")
@@ -1155,7 +1163,8 @@ class Lab:
                 say(f"#{best.number} did not run again: {problem.args[0]}")
         self.measure(exp, gpu, exp.runs)
         if exp.by == "llm":
-            self.in_vain = 0
+            with self.lock:
+                self.in_vain = 0
 
     def measure(self, exp: Experiment, gpu: int, reports: list[dict], **more: bool):
         """Train exp on a seed that no other run has; add the report to a list. Raises Unusable."""
@@ -1372,7 +1381,8 @@ class Lab:
             self.stop.set()
             self.lock.acquire()     # for good: nothing is written after the summary
             self.lock.wait_for(lambda: len(self.free) == self.args.workers, GRACE + 5)
-            say("\n".join(filter(None, [night_summary(self.rows), drift(self.incumbent)])))
+            changed = drift(self.incumbent) if self.rows else ""
+            say("\n".join(filter(None, [night_summary(self.rows), changed])))
 
 
 def ledger_row(exp: Experiment, status: str, reason: str, commit: str) -> dict[str, str]:
@@ -1511,16 +1521,16 @@ def start(args: argparse.Namespace):
 
 
 def main() -> int:
-    def interrupt(number, frame):       # the main thread only waits and shows: nothing is torn
+    def interrupt(number, frame):       # in the main thread, which waits while others write
         raise KeyboardInterrupt(number)
     for sign in SIGNALS:
         if signal.getsignal(sign) != signal.SIG_IGN:        # nohup wants to outlive its terminal
             signal.signal(sign, interrupt)
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="replace")        # an LLM's words may not fit the terminal's code
-    args = parse_arguments()
-    os.chdir(Path(__file__).resolve().parent)
     try:
+        args = parse_arguments()
+        os.chdir(Path(__file__).resolve().parent)
         if args.experiments == 0:
             print(night_summary(read_ledger(repair=False)))
         else:

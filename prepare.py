@@ -72,7 +72,7 @@ EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
 EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in val and in test, if there are so many
 MIN_WINDOWS = 64           # below this a score would say little
 OVERTIME = 0.02            # share of the budget for work after the last batch; worth 0.002 bpb
-ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # seconds of it that a short budget has all the same
+ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # seconds after the last batch, however short
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
 EVAL_LIMIT = 180 if CUDA else 300               # wall-clock seconds for evaluation
 
@@ -460,7 +460,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
         pinned = torch.from_numpy(batch).pin_memory() if CUDA else torch.from_numpy(batch)
         batch = pinned.to(DEVICE, non_blocking=True)
         if CUDA and clock.steps > 1:    # one step ahead of the GPU, never two: it never waits
-            done.synchronize()          # with the step before the last, or with none
+            done.synchronize()          # the step before the last is done
             done.record()
         else:                           # the first step is timed to its end, before a second
             synchronize()
@@ -553,7 +553,7 @@ BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below t
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
 SPREAD = 0.02       # nats, the mean size everywhere, the median at the cuts: twice that of bf16
 LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-ties are no leak
-GATHERED = 2, 4     # of the 3, 16 largest changes so many may be at cuts: more is no chance
+GATHERED = 2, 4     # at most so many of the 3, and of the 16, largest losses may be at cuts
 
 
 def refuse_leaks(change: np.ndarray, cuts: np.ndarray, later: np.ndarray):
