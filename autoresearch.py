@@ -1413,6 +1413,8 @@ def read_confirmed() -> dict | None:
 
 def night_summary(rows: list[dict[str, str]]) -> str:
     """Return the summary of the ledger and of what stands in runs/."""
+    if not rows:
+        return "Nothing is measured yet: python autoresearch.py starts with the baseline."
     asked = [exp for exp in experiments() if exp.calls]
     usage = {"calls": sum(exp.calls for exp in asked),
              "cached": sum(exp.cached_tokens for exp in asked),
