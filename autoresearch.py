@@ -16,8 +16,6 @@ Incumbent    the best train.py so far; the file train.py always is the incumbent
 Baseline     experiment 0: train.py as it was at the first start
 Researcher   who proposed an experiment: llm, search, human, or baseline
 Noise        the standard deviation of val_bpb between seeds
-
-It does not defend against code written to attack the machine: README.md shows a sandbox.
 """
 
 import argparse
@@ -110,9 +108,7 @@ def one_line(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
-# --------------------------------------------------------------------------------------------------
-# 1  An experiment
-
+# ---- 1  An experiment ---------------------------------------------------------------------------
 
 @dataclasses.dataclass(eq=False)     # two are equal only if they are one
 class Experiment:
@@ -171,9 +167,7 @@ def drift(exp: Experiment) -> str:
     return words if abs(change) > 0.1 else ""
 
 
-# --------------------------------------------------------------------------------------------------
-# 2  Ledger: results.tsv, one row an experiment
-
+# ---- 2  Ledger: results.tsv, one row an experiment ----------------------------------------------
 
 def scores_of(row: dict[str, str]) -> list[float]:
     return [float(score) for score in row["runs"].split(",") if score]
@@ -203,9 +197,7 @@ def append_row(row: dict[str, str]):
         os.fsync(file.fileno())
 
 
-# --------------------------------------------------------------------------------------------------
-# 3  Judge: is it better, or was it luck?
-
+# ---- 3  Judge: is it better, or was it luck? ----------------------------------------------------
 
 def pooled_noise(groups: list[list[float]]) -> float:
     """Return the pooled standard deviation of files that ran repeatedly; 0.0 while none has."""
@@ -242,9 +234,9 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
     return "again" if len(candidate) < RUNS else "keep"
 
 
-# --------------------------------------------------------------------------------------------------
-# 4  Screen: sloppy and score-gaming proposals end here, before they cost a run. Malware does not.
-# This half reads words. refuse_modules() in prepare.py follows names to what they stand for.
+# ---- 4  Screen: sloppy and score-gaming proposals end here, before they cost a run --------------
+
+# Malware does not end here. This half reads words; refuse_modules() in prepare.py follows names.
 
 IMPORTS = "|".join("""__future__ abc bisect cmath collections contextlib copy dataclasses enum
     functools gc heapq itertools json math numpy operator prepare random re statistics string time
@@ -293,9 +285,7 @@ def screen(source: str) -> str:
     return fingerprint
 
 
-# --------------------------------------------------------------------------------------------------
-# 5  Run: one training in a process group of its own, under a cap
-
+# ---- 5  Run: one training in a process group of its own, under a cap ----------------------------
 
 def run_environment(**more: str) -> dict[str, str]:
     """Return the environment for runs: ours without anything that looks like a secret."""
@@ -387,8 +377,7 @@ def log_end(path: Path, lines: int = 30) -> str:
     return "\n".join(one_line(line, 200) for line in text.splitlines()[-lines:])
 
 
-# --------------------------------------------------------------------------------------------------
-# 6  LLM: OpenAI-compatible chat completions and Anthropic messages, over raw HTTP
+# ---- 6  LLM: OpenAI-compatible chat completions and Anthropic messages, over raw HTTP -----------
 
 Prompt = tuple[str, list[str], str]     # system text, parts that providers cache, changing end
 # whole: neither cut nor empty nor refused. input_tokens: of the whole prompt, cached or not.
@@ -525,8 +514,7 @@ class LLM:
         return answer
 
 
-# --------------------------------------------------------------------------------------------------
-# 7  Propose: the prompt, the reply, and the search that needs no LLM
+# ---- 7  Propose: the prompt, the reply, and the search that needs no LLM ------------------------
 
 RULES = """You are a machine-learning researcher. You improve train.py, one experiment at a time. A
 driver trains your version for a fixed time on a fixed machine and keeps it if val_bpb falls: bits
@@ -757,9 +745,7 @@ def search(rng: random.Random, source: str, rows: list[dict[str, str]], cuda: bo
         yield ", ".join(moves), "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# 8  Show: the live line, the verdict, the summary, progress.svg
-
+# ---- 8  Show: the live line, the verdict, the summary, progress.svg -----------------------------
 
 def say(line: str):
     """Print a line above the live one."""
@@ -857,9 +843,7 @@ def progress_svg(rows: list[dict], noise: float, confirmed: dict | None) -> str:
     return "\n".join([*svg, "</svg>"])
 
 
-# --------------------------------------------------------------------------------------------------
-# 9  The loop
-
+# ---- 9  The loop --------------------------------------------------------------------------------
 
 class Lab:
     """What the threads share: the ledger, the experiments, the accelerators.
@@ -1442,9 +1426,7 @@ def git_commit(description: str, reason: str) -> str:
         return ""
 
 
-# --------------------------------------------------------------------------------------------------
-# 10  Start
-
+# ---- 10  Start ----------------------------------------------------------------------------------
 
 def ask_prepare(*flags: str) -> str:
     """Run prepare.py, which has torch and the data; show what it prints, return the last line."""
