@@ -450,7 +450,7 @@ class LLM:
             answer = requests.request(
                 "POST" if body else "GET", self.url + path, json=body,
                 headers={"anthropic-version": "2023-06-01"} | (secret if self.key else {}),
-                timeout=(10, 1800),             # a slow local model may need half an hour
+                timeout=(10, 1800 if body else 30),     # a slow local model may need half an hour
                 allow_redirects=False,          # a redirect might lead the key elsewhere
                 auth=lambda request: request,   # else ~/.netrc would replace our header
                 proxies=dict.fromkeys(("http", "https", "all")) if local else None)
