@@ -233,7 +233,10 @@ def test_a_crash_goes_back_with_the_end_of_its_log_as_data(measured, llm):
 
 
 def test_a_whole_file_written_for_an_older_incumbent_is_asked_for_again(measured, llm):
-    whole = f"DESCRIPTION: all new\n\n```python\n{TINY.replace('16', '17')}```\n"
+    def whole(handler):
+        time.sleep(1)       # the other, which takes 4 s, has the accelerator by then
+        handler.reply(f"DESCRIPTION: all new\n\n```python\n{TINY.replace('16', '17')}```\n")
+
     measured.train.write_text(TINY + "# sleep 2\n")
     for path in measured.folder.glob("runs/0000/*"):
         path.write_text(path.read_text().replace(json.dumps(TINY)[1:-1],
