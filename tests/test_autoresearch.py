@@ -155,7 +155,7 @@ def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(measured, monkeyp
 
 
 def test_a_first_start_measures_the_baseline_and_goes_on_with_search(lab):
-    output = lab.drive("--experiments", 1, "--data", lab.text, "--budget", 0.3)
+    output = lab.drive("--experiments", 1, "--data", lab.text, "--budget", 0.3, "--workers", 2)
     rows = consistent(lab)
     assert (lab.folder / "results.tsv").read_text().splitlines()[0] == "\t".join(ar.COLUMNS)
     assert [row["by"] for row in rows] == ["baseline", "search"]

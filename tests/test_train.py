@@ -171,7 +171,7 @@ HONEST = {
         "time.monotonic = time.thread_time = lambda: 0.0", "return loop(Model())"),
 }
 
-PUT_OFF = "if not self.training and self.calls == {}: work(0.4)"
+PUT_OFF = "if not self.training and self.calls == {}: work(1.5)"
 
 ATTACKS = {     # name: (candidate, what the crash says)
     "logits that are not a number": (forward("logits[0, 0, 0] = math.nan"), "not finite"),
