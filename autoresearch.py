@@ -24,7 +24,6 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import functools
 import hashlib
 import html
 import itertools
@@ -36,15 +35,14 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import BinaryIO, TextIO
 
 import requests
@@ -60,7 +58,6 @@ BASELINE_RUNS = 3       # runs of the baseline, for the first estimate of the no
 RECHECK = 8             # discards in a row after which the incumbent runs once more
 IDLE_SHARE = 0.2        # of the budget: an accelerator idle for that long is given to the search
 RETURNS = 2             # times that a proposal goes back to the LLM with what was wrong
-IN_VAIN = 3             # replies in a row without a score, after which the terminal says so
 LONGEST_PAUSE = 300     # seconds between two requests while the LLM is away, or answers in vain
 MORE_ROOM = 64_000      # output tokens of the second try, after thinking used up the first
 DEATHS = 2              # times that the driver dies under a candidate, which then is a crash
@@ -102,6 +99,14 @@ def read(path: Path) -> str:
     return path.read_text("utf-8", "surrogateescape")
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(read(path)) if path.exists() else {}
+
+
+def write_json(path: Path, data: dict):
+    write_whole(path, json.dumps(data, indent=1))
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """Return text as one line without control characters, tabs or double quotes, cut at limit."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace('"', "'")
@@ -126,6 +131,7 @@ class Experiment:
     tries: int = 0              # runs begun: the number of the next one's log and seed
     ended: int = 0              # runs that ended; if below tries, the driver died during one
     model: str = ""             # that was asked
+    room: int = 0               # output tokens to ask for, if not what the server gives
     calls: int = 0              # answers of the LLM, also those that were cut or empty
     input_tokens: int = 0
     cached_tokens: int = 0      # of the input tokens
@@ -139,32 +145,32 @@ class Experiment:
     def scores(self) -> list[float]:    # of the last 3: the machine may have changed since others
         return [run["val_bpb"] for run in self.runs[-BASELINE_RUNS:]]
 
+    @property
+    def drift(self) -> str:     # a sentence if it trained at another speed when it was run anew
+        decided = RUNS if self.number else BASELINE_RUNS
+        old, new = map(speed, (self.runs[:decided], self.runs[decided:][-1:]))
+        change = new / old - 1 if old and new else 0
+        words = f"the machine has changed: #{self.number} now trains on {change:+.0%} tokens/s"
+        return words if abs(change) > 0.1 else ""
+
     def save(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.source:
             write_whole(self.folder / "train.py", self.source)
-        write_whole(self.folder / "experiment.json", json.dumps(dataclasses.asdict(self), indent=1))
+        write_json(self.folder / "experiment.json", dataclasses.asdict(self))
 
 
 def experiments() -> Iterator[Experiment]:
     """Yield what is in runs/, oldest first; folders of an older layout are left alone."""
     for path in sorted(FOLDER.glob("*/experiment.json")):
         with contextlib.suppress(TypeError, ValueError):
-            yield Experiment(**json.loads(read(path)))
+            yield Experiment(**read_json(path))
 
 
-def speed(run: dict) -> float:
-    """Return the tokens a second of a run; 0.0 if only its score is known."""
-    return run.get("num_tokens", 0) / run.get("train_seconds", 1)
-
-
-def drift(exp: Experiment) -> str:
-    """Return a sentence if exp trained at another speed when it was run anew, else ""."""
-    old = [speed(run) for run in exp.runs if not run.get("anew")]
-    new = [speed(run) for run in exp.runs if run.get("anew")]
-    change = new[-1] / statistics.fmean(old) - 1 if new and any(old) else 0
-    words = f"the machine has changed: #{exp.number} now trains on {change:+.0%} tokens/s"
-    return words if abs(change) > 0.1 else ""
+def speed(runs: list[dict]) -> float:
+    """Return the tokens a second of some runs; 0.0 if only their scores are known."""
+    seconds = sum(run.get("train_seconds", 0) for run in runs)
+    return sum(run.get("num_tokens", 0) for run in runs) / (seconds or 1)
 
 
 # ---- 2  Ledger: results.tsv, one row an experiment ----------------------------------------------
@@ -201,7 +207,7 @@ def append_row(row: dict[str, str]):
 
 def pooled_noise(groups: list[list[float]]) -> float:
     """Return the pooled standard deviation of files that ran repeatedly; 0.0 while none has."""
-    squares = sum((x - statistics.fmean(group)) ** 2 for group in groups for x in group)
+    squares = sum((x - fmean(group)) ** 2 for group in groups for x in group)
     freedom = sum(len(group) - 1 for group in groups if group)
     return math.sqrt(squares / freedom) if freedom else 0.0
 
@@ -227,7 +233,7 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
     """
     if not candidate:
         return "again"
-    gain = statistics.fmean(incumbent) - statistics.fmean(candidate)
+    gain = fmean(incumbent) - fmean(candidate)
     needed = WIN * standard_error(len(candidate), len(incumbent), noise) if longer else 0.0
     if not (gain > 0 and gain >= needed):
         return "discard"
@@ -304,9 +310,8 @@ def end_group(process: subprocess.Popen):
             process.wait(patience)
 
 
-def events_of(process: subprocess.Popen, log: BinaryIO, key: bytes
-              ) -> Iterator[tuple[str, dict, bytes]]:
-    """Yield (event, its values, the last line printed); ("", {}, ...) in between. Log the rest."""
+def events_of(process: subprocess.Popen, log: BinaryIO, key: bytes) -> Iterator[tuple[dict, bytes]]:
+    """Yield (an event, or {} in between; the last line printed), and log what else it prints."""
     os.set_blocking(process.stdout.fileno(), False)
     rest, last, ended = b"", b"", False
     while not ended:
@@ -322,18 +327,15 @@ def events_of(process: subprocess.Popen, log: BinaryIO, key: bytes
             if printed.strip():
                 last = printed[:300]
                 log.write(printed + b"\n")
-            try:
-                event = json.loads(text)
-            except ValueError:      # none, or one damaged on its way through a launcher
-                continue
-            yield event.pop("event"), event, last
-        yield "", {}, last
+            with contextlib.suppress(ValueError):   # no event, or one that a launcher damaged
+                yield json.loads(text), last
+        yield {}, last
         if not chunk:
             time.sleep(0.05)
 
 
 def run_command(command: list[str], log: Path, environment: dict[str, str], queued: bool,
-                stop: threading.Event, on_event: Callable[[str, dict, str], None]) -> dict:
+                stop: threading.Event, on_event: Callable[[dict, str], None]) -> dict:
     """Run a command to its end; return its report, "reason" (of failure, or "") and "started".
 
     The cap: an event with a "limit" begins a phase, and the next has to begin within so many
@@ -348,14 +350,14 @@ def run_command(command: list[str], log: Path, environment: dict[str, str], queu
         try:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(b"\n")      # hello: when this pipe closes, the run ends itself
-            for kind, event, line in events_of(process, file, key.encode()):
+            for event, line in events_of(process, file, key.encode()):
                 last = one_line(line.decode("utf-8", "replace"), 80)
                 if "limit" in event:
-                    phase, deadline = kind, time.monotonic() + event.pop("limit")
-                if kind in ("report", "crash"):
+                    phase, deadline = event["event"], time.monotonic() + event["limit"]
+                if event.get("event") in ("report", "crash"):
                     report = event
-                if kind:
-                    on_event(kind, event, last)
+                if event:
+                    on_event(event, last)
                 end = ("stopped" if stop.is_set() else
                        f"flooded its log: {LOG_LIMIT} bytes" if file.tell() > LOG_LIMIT else
                        "timeout" if time.monotonic() > deadline else "")
@@ -379,7 +381,6 @@ def log_end(path: Path, lines: int = 30) -> str:
 
 # ---- 6  LLM: OpenAI-compatible chat completions and Anthropic messages, over raw HTTP -----------
 
-Prompt = tuple[str, list[str], str]     # system text, parts that providers cache, changing end
 # whole: neither cut nor empty nor refused. input_tokens: of the whole prompt, cached or not.
 Answer = collections.namedtuple(
     "Answer", "text whole finish input_tokens cached_tokens output_tokens raw")
@@ -392,11 +393,8 @@ LONG = re.compile(r"context|^(?!.*max_\w*tokens).*(too (long|large)|input length
 
 
 class Away(Exception):
-    """The LLM gives no answer now. args: why, and the seconds that it asks us to wait, or 0."""
-
-
-class TooLong(Away):
-    """The prompt does not fit into the model's context: ask with less history."""
+    """The LLM gives no answer now: Away(why, seconds that it asks us to wait, is the prompt too
+    long for its context?)."""
 
 
 def read_answer(data: dict) -> Answer:
@@ -467,10 +465,10 @@ class LLM:
             elif re.search("^data:", text, re.M):
                 code, text = 502, f"a stream, which was not asked for: {text}"
         words = one_line(f"{what} from {self.url}{path}: {text}".replace(self.key or "\0", "KEY"))
-        if code == 413 or code in (200, 400, 422, 500) and LONG.search(one_line(text, 2000)):
-            raise TooLong(words, wait)
-        if self.answered or code < 300 or code >= 500 or code in (408, 409, 425, 429, 498):
-            raise Away(words, wait)
+        long = code == 413 or code in (200, 400, 422, 500) and LONG.search(one_line(text, 2000))
+        passes = code < 300 or code >= 500 or code in (408, 409, 425, 429, 498)
+        if long or passes or self.answered:
+            raise Away(words, wait, bool(long))
         raise Stop(f"the LLM's server refuses: {words} -> check the API key, --model, --base-url")
 
     def choose_model(self) -> str:
@@ -486,26 +484,29 @@ class LLM:
             raise Stop(f"{self.url} offers {len(chat)} chat models ({some}): choose with --model")
         return self.http("/models", None, first)
 
-    def ask(self, prompt: Prompt, turns: list[str], room: int = 0) -> Answer:
-        """Send one request: a prompt and the turns since (reply, complaint, ...)."""
+    def ask(self, prompt: list[str], turns: list[str], room: int = 0) -> Answer:
+        """Send one request: a prompt, and the turns since (reply, complaint, ...).
+
+        The prompt is its system text, parts that grow at their end, and a part that changes.
+        """
         self.model = self.model or self.choose_model()
-        system, stable, now = prompt
-        rules = {"role": "system", "content": system}
-        first = {"role": "user", "content": "".join(stable) + now}
         roles = itertools.cycle(("assistant", "user"))
         later = [{"role": role, "content": text} for role, text in zip(roles, turns)]
-        body = {"model": self.model, "messages": [rules, first, *later]}
         if self.claude:
-            blocks = [{"type": "text", "text": text} for text in (system, *stable, now) if text]
+            blocks = [{"type": "text", "text": text} for text in prompt if text]
             # It caches up to a mark. An hour, since the next call comes after the next run.
             mark = {"type": "ephemeral", "ttl": "1h"}
             blocks[0]["cache_control"] = blocks[-2]["cache_control"] = mark
-            first["content"] = blocks[1:]
-            body |= {"max_tokens": 16_000, "system": blocks[:1], "messages": [first, *later]}
+            body = {"max_tokens": 16_000, "system": blocks[:1],
+                    "messages": [{"role": "user", "content": blocks[1:]}, *later]}
+        else:
+            body = {"messages": [{"role": "system", "content": prompt[0]},
+                                 {"role": "user", "content": "".join(prompt[1:])}, *later]}
         if room:        # OpenAI knows the new name alone, others the old
             official = "//api.openai.com" in self.url
             body["max_completion_tokens" if official else "max_tokens"] = room
-        answer = self.http("/messages" if self.claude else "/chat/completions", body, read_answer)
+        answer = self.http("/messages" if self.claude else "/chat/completions",
+                           {"model": self.model} | body, read_answer)
         self.answered = self.answered or answer.whole
         # A token is 3 to 4 characters. With more than 5, the prompt was cut.
         if answer.input_tokens == 4096 or 1000 < answer.input_tokens < len(str(body)) / 5:
@@ -528,7 +529,8 @@ The contract of train.py:
 - `for x, y, progress in prepare.batches(...)` is the only training data and the only clock: it
   starts at the first batch and the loop ends when the budget is spent; progress is in [0, 1).
   Before it, compiling and warming up are free, for twice the default budget at most. After it,
-  2% of the budget are left, for averaging weights, say. No work may be put off until evaluation.
+  2% of the budget are left, for averaging weights, say. No work may be put off until evaluation,
+  which may take the evaluation_limit named below, in wall-clock seconds.
 - Imports: torch, numpy, math and harmless parts of the standard library. No files, processes,
   threads, getattr, dunder names, seeds; a module's name stands only before a dot. No program that
   equals an earlier one but for comments.
@@ -549,8 +551,9 @@ lines to stand in their place
 >>>>>>> REPLACE
 
 As many such blocks as needed. Each SEARCH must match the incumbent exactly once, so copy enough
-lines to be unique, and no more. An edit is applied to the incumbent of the moment when it runs.
-For a rewrite, give the whole new file in one ```python fence.
+lines to be unique, and no more. An edit is applied to the incumbent of the moment when it runs,
+whose numbers may be others: have `NAME = number` lines in a SEARCH only to change them, and define
+new names beside their use. For a rewrite, give the whole new file in one ```python fence.
 
 The person you work for says:
 
@@ -569,12 +572,12 @@ def history(rows: list[dict[str, str]], experiments: dict[int, Experiment],
     texts = []
     for i in sorted({*kept[max(0, len(kept) - newest):], *range(first, len(rows))}):
         row, exp = rows[i], experiments[int(rows[i]["experiment"])]
-        first_run = exp.runs[0] if exp.runs else {}     # a later one would change the text
-        did = (f"; {first_run['num_steps']} steps, {speed(first_run):.0f} tokens/s"
-               if "num_steps" in first_run else "")
+        did = exp.runs[:1]      # a later run would change the text
+        speeds = (f"; {did[0]['num_steps']} steps, {speed(did):.0f} tokens/s"
+                  if did and "num_steps" in did[0] else "")
         why = f"    why: {exp.idea}\n" if i >= with_idea and exp.idea else ""
         texts.append(f"#{exp.number} {row['status']} {float(row['val_bpb']):.4f} ({row['by']}): "
-                     f"{row['description']} | {row['reason']}{did}\n{why}")
+                     f"{row['description']} | {row['reason']}{speeds}\n{why}")
     return texts
 
 
@@ -621,31 +624,41 @@ def parse_reply(reply: str) -> tuple[str, list[tuple[str, str]], list[str]]:
     return prose, list(dict.fromkeys(BLOCK.findall(text))), list(dict.fromkeys(files))
 
 
+def without_comments(code: str) -> str:     # nor blanks, but for the indentation
+    return CODE.sub(r"\1", code)
+
+
+def place(search: str, replace: str, source: str) -> tuple[int, int, str]:
+    """Return (first line, line after the last, new text) of the one place where search fits."""
+    lines = source.splitlines(keepends=True)
+    inner = [part.strip("\n") + "\n" for part in (search, replace)]
+    # as it stands; without blank lines around and shifted as a whole; without comments
+    for key, old, new in ((str, search, replace), (textwrap.dedent, *inner),
+                          (without_comments, *inner)):
+        size, both = old.count("\n"), textwrap.dedent(old + new)
+        found = [i for i in range(len(lines)) if key("".join(lines[i:i + size])) == key(old)]
+        if found:
+            break
+    if len(found) != 1 or not key(old).strip():
+        near = difflib.get_close_matches(max(search.split("\n"), key=len), lines, 3, 0)
+        raise Unusable(f"SEARCH fits at lines {[i + 1 for i in found] or 'none'}, not at one:\n"
+                       f"{search}The lines most like its longest are:\n{''.join(near)}")
+    here, there = (re.search(r"(?m)^ *(?=\S)", text)[0]
+                   for text in ("".join(lines[found[0]:]), both))
+    if len(here) < len(there):
+        raise Unusable(f"REPLACE is less indented than its SEARCH:\n{replace}")
+    new = textwrap.indent("".join(both.splitlines(True)[size:]), here[len(there):])
+    return found[0], found[0] + size, new
+
+
 def edited(blocks: list[tuple[str, str]], source: str) -> str:
     """Return the source after all blocks, each found in the source as it was before."""
-    bare = functools.partial(CODE.sub, r"\1")
-    lines, edits, later = source.splitlines(keepends=True), [], len(source)
-    for search, replace in blocks:
-        inner = [part.strip("\n") + "\n" for part in (search, replace)]
-        # as it stands; without blank lines around and shifted as a whole; without comments
-        for key, old, new in ((str, search, replace), (textwrap.dedent, *inner), (bare, *inner)):
-            size, both = old.count("\n"), textwrap.dedent(old + new)
-            found = [i for i in range(len(lines)) if key("".join(lines[i:i + size])) == key(old)]
-            if found:
-                break
-        if len(found) != 1 or not key(old).strip():
-            near = difflib.get_close_matches(max(search.split("\n"), key=len), lines, 3, 0)
-            raise Unusable(f"SEARCH fits at lines {[i + 1 for i in found] or 'none'}, not at one:\n"
-                           f"{search}The lines most like its longest are:\n{''.join(near)}")
-        if any(search.strip() in inserted for other, inserted in blocks if other != search):
+    for search, _ in blocks:
+        if any(search.strip() in new for other, new in blocks if other != search):
             raise Unusable(f"another block inserts what this SEARCH looks for:\n{search}")
-        here, there = (re.search(r"(?m)^ *(?=\S)", text)[0]
-                       for text in ("".join(lines[found[0]:]), both))
-        if len(here) < len(there):
-            raise Unusable(f"REPLACE is less indented than its SEARCH:\n{replace}")
-        new = textwrap.indent("".join(both.splitlines(True)[size:]), here[len(there):])
-        edits.append((found[0], found[0] + size, new))
-    for start, end, new in sorted(edits, reverse=True):     # so that line numbers stay right
+    lines, later = source.splitlines(keepends=True), len(source)
+    # from the last place to the first, so that line numbers stay right
+    for start, end, new in sorted((place(*block, source) for block in blocks), reverse=True):
         if end > later:
             raise Unusable(f"two blocks change line {later + 1}: make them one")
         lines[start:end], later = [new], start
@@ -697,50 +710,31 @@ def find_knobs(source: str, cuda: bool) -> dict[str, tuple[float, ast.expr]]:
 
 
 def moved(value: float, change: float) -> float:
-    """Return a knob's value after a step of `change` in log space.
-
-    Powers of two stay powers of two, whole numbers whole; a share from 0.5 up (a momentum, say)
-    moves in the log of its distance to 1.
-    """
+    """Return a knob's value after a step of `change` in log space."""
     change = max(-1.5, min(1.5, change))
     if isinstance(value, int):
-        if value & (value - 1) == 0 and value > 2:
+        if value & (value - 1) == 0 and value > 2:      # powers of two stay powers of two
             return value * 2 if change > 0 else value // 2
         step = max(1, round(abs(value * math.expm1(change))))
         return value + step if change > 0 else max(1, value - step)
-    if 0.5 <= value < 1:
+    if 0.5 <= value < 1:        # a momentum, say: what counts is its distance to 1
         return float(f"{max(value / 2, 1 - (1 - value) * math.exp(-change)):.4g}")
     return float(f"{value * math.exp(change):.3g}")
 
 
-def search(rng: random.Random, source: str, rows: list[dict[str, str]], cuda: bool
-           ) -> Iterator[tuple[str, str]]:
-    """Yield (description, changed source) again and again: one to three knobs, moved.
-
-    Rprop (Riedmiller & Braun 1993): each knob has a direction and a step; after a gain the same
-    way and further, after a loss back and less far. The ledger is its memory: "LR 0.02 -> 0.03".
-    """
-    step, way, knobs = {}, {}, find_knobs(source, cuda)
-    for row in rows:
-        for name, old, new in re.findall(r"(\w+) (\S+) -> ([^\s,]+)", row["description"]):
-            if row["by"] == "search":
-                gained = row["reason"].startswith("+")
-                step[name] = min(1.5, max(0.1, step.get(name, 0.5) * (1.4 if gained else 0.7)))
-                way[name] = 1 if (float(new) > float(old)) == gained else -1
+def search(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[str, str]]:
+    """Yield (description, changed source) again and again: one to three knobs, moved."""
+    knobs = find_knobs(source, cuda)
     for attempt in range(200 if knobs else 0):
         lines, moves = source.split("\n"), []
         how_many = rng.choice((1, 1, 1, 2, 2, 3))       # mostly one, so that a result teaches
         for name in rng.sample(sorted(knobs), min(len(knobs), how_many)):
-            old, place = knobs[name]
-            # One move in five goes against what was learnt, which was learnt from noisy scores.
-            sign = way.get(name, rng.choice((-1, 1))) * rng.choice((1, 1, 1, 1, -1))
+            old, at = knobs[name]
             # Steps widen with the attempts: what is near has been seen.
-            size = step.get(name, 0.5) * rng.uniform(0.5, 1.5) * 1.03 ** attempt
-            new = moved(old, sign * size)
+            new = moved(old, rng.choice((-1, 1)) * rng.uniform(0.2, 0.8) * 1.03 ** attempt)
             if new != old:
-                line = lines[place.lineno - 1]
-                lines[place.lineno - 1] = (
-                    f"{line[:place.col_offset]}{new!r}{line[place.end_col_offset:]}")
+                line = lines[at.lineno - 1]
+                lines[at.lineno - 1] = f"{line[:at.col_offset]}{new!r}{line[at.end_col_offset:]}"
                 moves.append(f"{name} {old!r} -> {new!r}")
         yield ", ".join(moves), "\n".join(lines)
 
@@ -765,24 +759,30 @@ def verdict_line(row: dict[str, str]) -> str:
             f"{row['description']}  [{row['reason']}]")
 
 
-def headline(kept: list[dict], noise: float, confirmed: dict | None) -> tuple[str, str]:
+def noise_of(rows: list[dict]) -> float:
+    return pooled_noise([scores_of(row) for row in rows])
+
+
+def headline(kept: list[dict], noise: float, confirmed: dict) -> tuple[str, str]:
     """Return baseline and best, and the gain with its error, in words."""
     if len(kept) < 2:
         return "no gain yet", "nothing better than the baseline was kept"
     a, b = scores_of(kept[0]), scores_of(kept[-1])
-    old, new = statistics.fmean(a), statistics.fmean(b)
+    old, new = fmean(a), fmean(b)
     gain, error, how = old - new, standard_error(len(a), len(b), noise), "as selected"
     # an earlier incumbent's gain does not count
-    if confirmed and "gain" in confirmed and str(confirmed["incumbent"]) == kept[-1]["experiment"]:
+    if "gain" in confirmed and str(confirmed["incumbent"]) == kept[-1]["experiment"]:
         gain, error = confirmed["gain"], confirmed["error"]
         how = f"confirmed on {confirmed['n']} fresh seeds"
     return f"baseline {old:.4f} → best {new:.4f}", f"gain {gain:.3f} ± {error:.3f}, {how}"
 
 
-def summary(rows: list[dict], noise: float, confirmed: dict | None, usage: dict) -> str:
-    """Return the night in lines: gain, kept changes, counts, time, tokens."""
+def summary(rows: list[dict], confirmed: dict, asked: list[Experiment]) -> str:
+    """Return the night in lines: gain, kept changes, counts, time, tokens; asked: of an LLM."""
+    if not rows:
+        return "Nothing is measured yet: python autoresearch.py starts with the baseline."
     kept = [row for row in rows if row["status"] == "keep"]
-    lines = [": ".join(headline(kept, noise, confirmed))]
+    lines = [": ".join(headline(kept, noise_of(rows), confirmed))]
     lines += [f"{verdict_line(row)} test_bpb {row['test_bpb']}" for row in kept]
     status = [row["status"] for row in rows[1:]]    # the baseline is no change
     train, total, sent, got = (sum(float(row[name] or 0) for row in rows) for name in (
@@ -790,9 +790,12 @@ def summary(rows: list[dict], noise: float, confirmed: dict | None, usage: dict)
     lines.append(f"{len(status)} experiments: {status.count('keep')} kept, "
                  f"{status.count('discard')} discarded, {status.count('crash')} crashed; "
                  f"{train / max(total, 1):.0%} of the time was training")
-    if usage.get("calls"):
-        lines.append(f"LLM: {sent:.0f} tokens in ({usage['cached']} cached), {got:.0f} out, "
-                     f"{usage['calls']} calls, {usage['wasted']} led to nothing")
+    if asked:
+        calls, cached = (sum(getattr(exp, name) for exp in asked)
+                         for name in ("calls", "cached_tokens"))
+        wasted = calls - sum(bool(exp.runs) for exp in asked)
+        lines.append(f"LLM: {sent:.0f} tokens in ({cached} cached), {got:.0f} out, {calls} calls, "
+                     f"{wasted} led to nothing")
     if lines[0].endswith("as selected"):
         lines.append("To measure the gain on fresh seeds: python autoresearch.py --confirm 5")
     return "\n".join(lines)
@@ -810,9 +813,9 @@ def svg_text(x: int, y: int, words: str) -> str:
     return f'<text x="{x}" y="{y}">{html.escape(one_line(words, 90))}</text>'
 
 
-def progress_svg(rows: list[dict], noise: float, confirmed: dict | None) -> str:
+def progress_svg(rows: list[dict], confirmed: dict) -> str:
     """Return the ledger as a picture: dots and the incumbent's staircase."""
-    kept = [i for i, row in enumerate(rows) if row["status"] == "keep"]
+    kept, noise = [i for i, row in enumerate(rows) if row["status"] == "keep"], noise_of(rows)
     title, gain = headline([rows[i] for i in kept], noise, confirmed)
     svg = [HEAD, svg_text(-65, -58, title), svg_text(-65, -30, gain),
            svg_text(-65, HEIGHT + 35, "val_bpb, lower is better; × crashed, ▲ far above")]
@@ -826,7 +829,7 @@ def progress_svg(rows: list[dict], noise: float, confirmed: dict | None) -> str:
     x = [WIDTH * i // max(len(rows), 1) for i in range(len(rows) + 1)]
     # far off is at an edge; a crash has 0
     y = [round(min(max((high - bpb) * scale, 0), HEIGHT)) for bpb in val]
-    for i, end in pairwise([*kept, len(rows)]):
+    for i, end in itertools.pairwise([*kept, len(rows)]):
         # as thick as the score is uncertain
         band = max(2, 2 * noise * scale / math.sqrt(len(scores_of(rows[i]))))
         svg.append(f'<path d="M{x[i]} {y[i]}H{x[end]}" stroke="#8888" stroke-width="{band:.0f}"/>')
@@ -867,7 +870,7 @@ class Lab:
         self.rows = read_ledger(repair=True)
         self.experiments: dict[int, Experiment] = {}    # by number, also those without a row
         self.active: list[Experiment] = []          # what the threads are at
-        self.conditions = json.loads(read(CONDITIONS)) if CONDITIONS.exists() else {}
+        self.conditions = read_json(CONDITIONS)
         self.left = math.inf                        # experiments still to be recorded
         self.discards = 0                           # in a row, since the incumbent last ran
         self.false_starts = 0                       # runs in a row that did not start
@@ -877,6 +880,7 @@ class Lab:
         self.history = HISTORY                      # halved when a prompt was too long
         self.tokens = 0                             # in and out, in this start
         self.away = False                           # does the LLM give no answer?
+        self.wait = 0                               # seconds that it has asked us to wait
         self.in_vain = 0                            # requests in a row that led to no score
 
     @property
@@ -889,10 +893,6 @@ class Lab:
         recorded = {int(row["experiment"]) for row in self.rows}
         return [exp for exp in self.experiments.values()
                 if exp.number not in recorded and exp not in self.active]
-
-    @property
-    def noise(self) -> float:
-        return pooled_noise([scores_of(row) for row in self.rows])
 
     @property
     def spent(self) -> bool:
@@ -948,11 +948,10 @@ class Lab:
             idle = any(time.monotonic() - since >= patience for since in self.free.values())
             # What waits for the last accelerators may never be needed.
             needed = self.args.workers - len(self.free) < self.left
-            # A person's edit goes first.
-            humans = [other for other in self.active if other.by == "human"] or self.waiting
-            edits = [other for other in humans if other.by == "human" and not other.tries]
-            # Baseline and --confirm are not among the active.
-            return idle and needed and not (edits and exp in self.active and exp not in edits)
+            # A person's edit goes first, but for what has begun.
+            edited = any(other.by == "human" and not other.tries
+                         for other in (*self.active, *self.waiting))
+            return idle and needed and (not edited or exp.by == "human" or exp.tries > 0)
 
         with self.lock:
             self.wait_until(may_have)
@@ -988,54 +987,68 @@ class Lab:
         """Return exp to its LLM with what is wrong, RETURNS times at most; else it is a crash."""
         with self.lock:
             self.in_vain += exp.by == "llm" and its_fault
-            if self.in_vain == IN_VAIN:     # said once: the counter goes on, or begins anew
-                say(f"LLM: {IN_VAIN} replies in a row led to no score; it is asked less often")
             if not (self.llm and exp.by == "llm" and its_fault and len(exp.turns) // 2 < RETURNS):
                 return self.record(exp, "crash", problem)
             exp.turns.append(complaint(problem, log))
             exp.source, exp.fingerprint, exp.runs = "", "", []
             exp.save()
             self.active.remove(exp)
-            say(f"#{exp.number} goes back to the LLM: {one_line(problem, 100)}")
+            pause = f"; its next request waits {self.pause:.0f} s" if self.pause > 2 else ""
+            say(f"#{exp.number} goes back to the LLM: {one_line(problem, 100)}{pause}")
+
+    @property
+    def pause(self) -> float:       # seconds: 0.5 after the first request in vain, 1, 2, 4 ...
+        return min(LONGEST_PAUSE, 2 ** (self.in_vain - 2)) if self.in_vain else 0
 
     def propose(self, exp: Experiment):
         """Have the LLM write a reply, and try it on the incumbent; the others need none."""
-        if exp.by != "llm" or exp.source:
-            return
-        if len(exp.turns) % 2 == 0:     # else a kill came between the reply and its use
-            self.ask(exp)
-        self.build(exp)
+        if exp.by == "llm" and not exp.source:
+            while len(exp.turns) % 2 == 0:      # else a kill came between the reply and its use
+                self.ask(exp)
+            self.build(exp)
 
     def ask(self, exp: Experiment):
-        """Add the LLM's reply to exp's turns, however long it takes. Raises Unusable if it is cut.
-
-        While the LLM is away, or its replies lead to nothing, it is asked less and less often.
-        """
-        room = wait = 0
+        """Ask the LLM once. What it replies becomes a turn of exp, unless it has to ask again."""
+        # Not all threads ask at the same time.
+        self.stop.wait(max(self.pause * random.uniform(0.5, 1), min(self.wait, LONGEST_PAUSE)))
+        if self.over or self.spent:
+            sys.exit()              # this thread alone
+        prompt = self.prompt(exp)
         exp.folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            # 0.5 s after the first in vain, 1, 2, 4 ... and not by all threads at the same time
-            pause = min(LONGEST_PAUSE, 2 ** (self.in_vain - 2)) if self.in_vain else 0
-            self.stop.wait(max(pause * random.uniform(0.5, 1), min(wait, LONGEST_PAUSE)))
-            if self.over or self.spent:
-                sys.exit()              # this thread alone
-            system, stable, now = prompt = self.prompt(exp)
-            write_whole(exp.folder / f"prompt-{exp.calls}.md", system + "".join(stable) + now)
-            try:
-                answer = self.llm.ask(prompt, exp.turns, room)
-            except Away as error:
-                why, wait = error.args
-                self.take_absence(why, isinstance(error, TooLong))
-                continue
-            again = not room and answer.finish in ("length", "max_tokens")
-            self.take_answer(exp, answer, is_turn=not again)
+        write_whole(exp.folder / f"prompt-{exp.calls}.md", "".join(prompt))
+        try:
+            answer = self.llm.ask(prompt, exp.turns, exp.room)
+        except Away as error:
+            if exp.room:            # perhaps it does not offer so much of it
+                raise Unusable("the reply was cut: be brief") from None
+            return self.take_absence(*error.args)
+        # Most likely its thoughts have used up the limit: it is asked once more, with a higher one.
+        again = answer.finish in ("length", "max_tokens") and not exp.room
+        with self.lock:             # saved at once, since it was paid for
             if not again:
-                break
-            room = MORE_ROOM            # most likely its thoughts have used up the limit
-        if not answer.whole:
+                exp.turns.append(answer.text.strip() or "(nothing)")
+            write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
+            write_json(exp.folder / f"response-{exp.calls}.json", answer.raw)
+            exp.model, exp.calls = self.llm.model, exp.calls + 1
+            exp.room = MORE_ROOM if again else 0
+            exp.input_tokens += answer.input_tokens
+            exp.cached_tokens += answer.cached_tokens
+            exp.output_tokens += answer.output_tokens
+            exp.save()
+            self.tokens += answer.input_tokens + answer.output_tokens
+            news = ["LLM: it answers again"] * self.away
+            self.in_vain, self.away, self.wait = self.in_vain * (not self.away), False, 0
+            if self.spent:
+                news.append(f"LLM: {self.tokens} tokens are used (--tokens); search goes on alone")
+            if self.llm.warning:
+                news.append(f"WARNING: {self.llm.warning}")
+                self.llm.warning = ""
+            for line in news:
+                say(line)
+        if not (answer.whole or again):
             raise Unusable(f"the reply is not whole (finish reason {answer.finish}): be brief")
 
-    def take_absence(self, why: str, too_long: bool):
+    def take_absence(self, why: str, wait: float, too_long: bool):
         """Halve a history that was too long; else say once that the LLM is away."""
         with self.lock:
             if too_long and self.history:
@@ -1044,39 +1057,16 @@ class Lab:
                 return
             if not self.away:
                 say(f"LLM: {why}; it is asked again at times, and search fills in")
-            self.away = True
-            self.in_vain += 1
+            self.away, self.wait, self.in_vain = True, wait, self.in_vain + 1
 
-    def take_answer(self, exp: Experiment, answer: Answer, is_turn: bool):
-        """Save an answer at once, since it was paid for."""
-        with self.lock:
-            if is_turn:
-                exp.turns.append(answer.text.strip() or "(nothing)")
-            write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
-            write_whole(exp.folder / f"response-{exp.calls}.json", json.dumps(answer.raw, indent=1))
-            exp.model, exp.calls = self.llm.model, exp.calls + 1
-            exp.input_tokens += answer.input_tokens
-            exp.cached_tokens += answer.cached_tokens
-            exp.output_tokens += answer.output_tokens
-            exp.save()
-            self.tokens += answer.input_tokens + answer.output_tokens
-            if self.away:
-                self.away, self.in_vain = False, 0
-                say("LLM: it answers again")
-            if self.llm.warning:
-                say(f"WARNING: {self.llm.warning}")
-                self.llm.warning = ""
-            if self.spent:
-                say(f"LLM: {self.tokens} tokens are used (--tokens); search goes on alone")
-
-    def prompt(self, exp: Experiment) -> Prompt:
-        """Return the prompt, with what changes least first: providers cache its beginning."""
+    def prompt(self, exp: Experiment) -> list[str]:
+        """Return the prompt in parts, what changes least first: providers cache its beginning."""
         with self.lock:
             with contextlib.suppress(OSError):      # an editor may just be replacing it
                 self.program = PROGRAM.read_text("utf-8", "replace") or self.program
             if not self.program:
                 raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
-            best, noise = self.incumbent, self.noise
+            best, noise = self.incumbent, noise_of(self.rows)
             facts = "\n".join(f"{name}: {fact}" for name, fact in self.conditions.items()
                               if name not in ("sha256", "prepare", "folder", "threads", "name"))
             if tokens := self.conditions.get("train_tokens"):
@@ -1088,18 +1078,18 @@ class Lab:
                      f"then; steps, tokens/s\n")
             scores = ", ".join(f"{score:.4f}" for score in best.scores)
             margin = WIN * standard_error(1, len(best.scores), noise)
-            steps = best.runs[-1].get("num_steps", "?")
-            now = (f"\n# Now\nThe incumbent has {statistics.fmean(best.scores):.4f}, of runs with "
-                   f"{scores}; the newest took {steps} steps, {speed(best.runs[-1]):.0f} tokens/s. "
+            steps, tokens_per_second = best.runs[-1].get("num_steps", "?"), speed(best.runs[-1:])
+            now = (f"\n# Now\nThe incumbent has {fmean(best.scores):.4f}, of runs with "
+                   f"{scores}; the newest took {steps} steps, {tokens_per_second:.0f} tokens/s. "
                    f"Noise between seeds: {noise:.4f}. More code has to win by {margin:.4f}.\n")
-            if changed := drift(best):
-                now += f"Since it was scored {changed}: what lost to it need not be worse.\n"
+            if best.drift:
+                now += f"Since it was scored {best.drift}: what lost to it need not be worse.\n"
             for other in self.active:       # a search's has no description until it runs
                 if other is not exp and (other.description or other.by == "llm"):
                     what = other.description or "being written from this same text: go another way"
                     now += f"In progress: #{other.number}: {what}\n"
-            stable = [begin, *history(self.rows, self.experiments, self.history)]
-            return RULES + self.program, stable, now + "Propose the next experiment."
+            past = history(self.rows, self.experiments, self.history)
+            return [RULES + self.program, begin, *past, now + "Propose the next experiment."]
 
     def build(self, exp: Experiment):
         """Make exp a change of the present incumbent, unless it is or has run. Raises Unusable."""
@@ -1111,7 +1101,7 @@ class Lab:
             if exp.by == "search":
                 rng = random.Random(f"{exp.number} {best.fingerprint}")
                 cuda = self.conditions.get("device") not in ("cpu", "mps")
-                candidates = search(rng, best.source, self.rows, cuda)
+                candidates = search(rng, best.source, cuda)
             if exp.by == "llm":
                 candidates = [apply_reply(exp.turns[-1], best.source)]
                 exp.idea = idea(exp.turns[-1])
@@ -1124,8 +1114,7 @@ class Lab:
                 if not twins:
                     exp.description, exp.source = description, source
                     exp.fingerprint, exp.base = fingerprint, best.number
-                    exp.save()
-                    return
+                    return exp.save()
             if exp.by != "search":
                 raise Unusable(f"the same program as experiment {twins[0]}, comments aside")
             if not self.llm:
@@ -1142,15 +1131,14 @@ class Lab:
             say(f"#{best.number} is the incumbent, and {RECHECK} discards in a row lost to it: it "
                 f"runs once more")
             try:
-                self.measure(best, gpu, best.runs, anew=True)
+                self.measure(best, gpu, best.runs)
             except Unusable as problem:
                 say(f"#{best.number} did not run again: {problem.args[0]}")
         self.measure(exp, gpu, exp.runs)
         if exp.by == "llm":
-            with self.lock:
-                self.in_vain = 0
+            self.in_vain = 0
 
-    def measure(self, exp: Experiment, gpu: int, reports: list[dict], **more: bool):
+    def measure(self, exp: Experiment, gpu: int, reports: list[dict]):
         """Train exp on a seed that no other run has; add the report to a list. Raises Unusable."""
         with self.lock:
             k, exp.tries = exp.tries, exp.tries + 1
@@ -1161,18 +1149,19 @@ class Lab:
         if budget := self.args.budget or self.conditions.get("budget"):
             command += ["--budget", str(budget)]
 
-        def on_event(kind: str, event: dict, printed: str):
-            if kind == "setup":
+        def on_event(event: dict, printed: str):
+            what = event["event"]
+            if what == "setup":
                 self.check_conditions(event)
-            if kind == "progress":
-                kind = f"{event['share']:.0%} {event['tokens_per_second']:.0f} tokens/s {printed}"
-            self.live[gpu] = f"#{exp.number} {exp.by} run {k + 1} {kind}"
+            if what == "progress":
+                what = f"{event['share']:.0%} {event['tokens_per_second']:.0f} tokens/s {printed}"
+            self.live[gpu] = f"#{exp.number} {exp.by} run {k + 1} {what}"
 
         try:
             report = run_command(command, log, self.environment(gpu), bool(self.args.launch),
                                  self.stop, on_event)
             if not report["reason"]:
-                reports.append(report | more)
+                reports.append(report)
         finally:                # after a refusal as well, since only a death counts as one
             with self.lock:
                 exp.ended += 1
@@ -1192,10 +1181,10 @@ class Lab:
         with self.lock:
             if not exp.scores:
                 return False
-            best, noise = self.incumbent, self.noise
+            best, noise = self.incumbent, noise_of(self.rows)
             longer = code_lines(exp.source) > code_lines(best.source)
             verdict = judge(exp.scores, best.scores, noise, longer)
-            gain = statistics.fmean(best.scores) - statistics.fmean(exp.scores)
+            gain = fmean(best.scores) - fmean(exp.scores)
             reason = f"{gain:+.4f} ({gain / max(noise, 1e-9):+.1f} noise) against #{best.number}"
             if verdict == "again":          # once more, on a fresh seed
                 say(f"#{exp.number} {exp.by} {exp.scores[-1]:.4f} looks better, {reason}")
@@ -1219,7 +1208,7 @@ class Lab:
             if status != "keep":        # it stands in its folder; a night has a thousand of them
                 exp.source, exp.turns = "", []
             self.active = [other for other in self.active if other is not exp]
-            write_whole(PLOT, progress_svg(self.rows, self.noise, read_confirmed()))
+            write_whole(PLOT, progress_svg(self.rows, read_json(CONFIRMED)))
             say(verdict_line(row))
 
     def environment(self, gpu: int) -> dict[str, str]:
@@ -1235,7 +1224,7 @@ class Lab:
         with self.lock:
             if not self.conditions:
                 self.conditions = event | {"folder": str(self.args.folder)}
-                write_whole(CONDITIONS, json.dumps(self.conditions, indent=1))
+                write_json(CONDITIONS, self.conditions)
         for name in COMPARED:
             new = event.get(name)
             if (old := self.conditions.get(name, new)) != new:      # older files lack some names
@@ -1305,24 +1294,24 @@ class Lab:
         base, best = self.experiments[0], self.incumbent
         if not base.source:
             raise Stop(f"{base.folder} is missing, so the baseline cannot be run again")
-        state = read_confirmed() or {}
+        state = read_json(CONFIRMED)
         if state.get("incumbent") != best.number:
             state = {"incumbent": best.number, "baseline_runs": [], "incumbent_runs": []}
         a, b = state["baseline_runs"], state["incumbent_runs"]
         # In turns, so that a machine that slows down slows both; without what a kill has left.
         todo = [(exp, runs) for i in range(n) for exp, runs in ((base, a), (best, b))
                 if i >= len(runs)]
-        self.measure_all(todo, lambda: write_whole(CONFIRMED, json.dumps(state, indent=1)))
+        self.measure_all(todo, lambda: write_json(CONFIRMED, state))
         state["n"] = min(len(a), len(b))
         for name, prefix in ("val_bpb", ""), ("test_bpb", "test_"):
             before, after = ([run[name] for run in runs] for runs in (a, b))
-            noise = pooled_noise([before, after]) or self.noise     # one run each shows none
-            gain = statistics.fmean(before) - statistics.fmean(after)
+            noise = pooled_noise([before, after]) or noise_of(self.rows)    # one each shows none
+            gain = fmean(before) - fmean(after)
             error = standard_error(len(before), len(after), noise)
             state |= {f"{prefix}gain": gain, f"{prefix}error": error}
             say(f"{name}: gain {gain:.4f} ± {error:.4f} (standard error), {state['n']} fresh seeds")
-        write_whole(CONFIRMED, json.dumps(state, indent=1))
-        write_whole(PLOT, progress_svg(self.rows, self.noise, state))
+        write_json(CONFIRMED, state)
+        write_whole(PLOT, progress_svg(self.rows, state))
 
     def in_threads(self, work: list[Callable[[], None]]):
         """Do all of it at the same time and show how far it is; the first failure ends it."""
@@ -1341,7 +1330,7 @@ class Lab:
             # One that still waits for an answer is not needed once there are enough experiments.
             if self.over and len(self.free) == self.args.workers:
                 break
-            words = [*self.live.copy().values(), drift(self.incumbent)]
+            words = [*self.live.copy().values(), self.incumbent.drift]
             show(" | ".join(filter(None, words)) or "waiting for the LLM")
             time.sleep(0.2)
         if failures:
@@ -1351,8 +1340,7 @@ class Lab:
         """Research until there is enough of it, something fails, or somebody stops it."""
         try:
             if self.args.confirm:
-                self.confirm(self.args.confirm)
-                return
+                return self.confirm(self.args.confirm)
             if not self.rows:
                 self.measure_baseline()
             self.left = self.args.experiments or math.inf
@@ -1365,8 +1353,12 @@ class Lab:
             self.stop.set()
             self.lock.acquire()     # for good: nothing is written after the summary
             self.lock.wait_for(lambda: len(self.free) == self.args.workers, GRACE + 5)
-            changed = drift(self.incumbent) if self.rows else ""
-            say("\n".join(filter(None, [night_summary(self.rows), changed])))
+            changed = self.incumbent.drift if self.rows else ""
+            say("\n".join(filter(None, [ledger_summary(self.rows), changed])))
+
+
+def ledger_summary(rows: list[dict[str, str]]) -> str:
+    return summary(rows, read_json(CONFIRMED), [exp for exp in experiments() if exp.calls])
 
 
 def ledger_row(exp: Experiment, status: str, reason: str, commit: str) -> dict[str, str]:
@@ -1375,35 +1367,20 @@ def ledger_row(exp: Experiment, status: str, reason: str, commit: str) -> dict[s
     runs = exp.runs if status != "crash" else [collections.Counter()]       # zero of everything
     return {
         "commit": commit or (sha1[:7] if exp.source else "0000000"),
-        "val_bpb": f"{statistics.fmean(run['val_bpb'] for run in runs):.6f}",
+        "val_bpb": f"{fmean(run['val_bpb'] for run in runs):.6f}",
         "memory_gb": f"{max(run['peak_memory_mb'] for run in runs) / 1000:.1f}",
         "status": status,
         "description": one_line(exp.description) or "no proposal that could be run",
         "experiment": str(exp.number),
         "by": exp.by,
         "runs": ",".join(f"{run['val_bpb']:.6f}" for run in exp.runs),
-        "test_bpb": f"{statistics.fmean(run['test_bpb'] for run in runs):.6f}",
+        "test_bpb": f"{fmean(run['test_bpb'] for run in runs):.6f}",
         "reason": one_line(reason),
         "train_seconds": f"{sum(run['train_seconds'] for run in runs):.1f}",
         "total_seconds": f"{sum(run['total_seconds'] for run in runs):.1f}",
         "input_tokens": str(exp.input_tokens),
         "output_tokens": str(exp.output_tokens),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())}
-
-
-def read_confirmed() -> dict | None:
-    return json.loads(read(CONFIRMED)) if CONFIRMED.exists() else None
-
-
-def night_summary(rows: list[dict[str, str]]) -> str:
-    """Return the summary of the ledger and of what stands in runs/."""
-    if not rows:
-        return "Nothing is measured yet: python autoresearch.py starts with the baseline."
-    asked = [exp for exp in experiments() if exp.calls]
-    usage = {"calls": sum(exp.calls for exp in asked),
-             "cached": sum(exp.cached_tokens for exp in asked),
-             "wasted": sum(exp.calls - bool(exp.runs) for exp in asked)}
-    return summary(rows, pooled_noise([scores_of(row) for row in rows]), read_confirmed(), usage)
 
 
 def git_commit(description: str, reason: str) -> str:
@@ -1516,7 +1493,7 @@ def main() -> int:
         args = parse_arguments()
         os.chdir(Path(__file__).resolve().parent)
         if args.experiments == 0:
-            print(night_summary(read_ledger(repair=False)))
+            print(ledger_summary(read_ledger(repair=False)))
         else:
             start(args)
         return 0

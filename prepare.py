@@ -732,6 +732,7 @@ def conditions(folder: Path, budget: float) -> dict:
         "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
         "device": card or DEVICE, "processor": card or cpu,
         "threads": torch.get_num_threads() if DEVICE == "cpu" else 0,
+        "evaluation_limit": EVAL_LIMIT,
         "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
                  DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())}
 

@@ -9,7 +9,7 @@ import autoresearch as ar
 
 EDIT = edit("LR = 0.02", "LR = 0.06", "a higher rate")
 PARTS = [{"type": "thinking", "thinking": [{"text": "a draft"}]}, {"type": "text", "text": EDIT}]
-PROMPT = ("the rules", ["the incumbent", "the history"], "what holds now")
+PROMPT = ["the rules", "the incumbent", "the history", "what holds now"]
 KEY = "sk-very-secret"
 
 
@@ -62,23 +62,25 @@ def test_anthropic_is_asked_in_its_format_and_cached_tokens_count(client, server
 
 STREAM = 'data: {"choices": [{"delta": {"content": "the context"}}]}'
 REFUSALS = [
-    (401, f"no such key: {KEY}", ar.Stop), (402, "no credit", ar.Stop), (404, "nobody", ar.Stop),
-    (400, "max_tokens: 16000 > 8192 output tokens", ar.Stop), (307, "http://else.where", ar.Stop),
-    (429, "slow down", ar.Away), (529, "overloaded", ar.Away), (200, "no credits", ar.Away),
-    (200, "context length exceeded", ar.TooLong), (500, "context size", ar.TooLong),
-    (400, "9810 tokens do not fit in 8192", ar.TooLong), (413, "", ar.TooLong)]
+    (401, f"no such key: {KEY}", "stop"), (402, "no credit", "stop"), (404, "nobody", "stop"),
+    (400, "max_tokens: 16000 > 8192 output tokens", "stop"), (307, "http://else.where", "stop"),
+    (429, "slow down", "away"), (529, "overloaded", "away"), (200, "no credits", "away"),
+    (200, "context length exceeded", "long"), (500, "context size", "long"),
+    (400, "9810 tokens do not fit in 8192", "long"), (413, "", "long")]
 
 
 @pytest.mark.parametrize("code, words, kind", REFUSALS)
 def test_a_refusal_ends_a_start_only_before_its_first_good_reply(client, code, words, kind):
     llm = client(code, {"error": words}, Location=words, Retry_After="7")
-    for llm.answered, expected in (False, kind), (True, ar.Away):
+    for llm.answered in False, True:
+        expected = ar.Stop if kind == "stop" and not llm.answered else ar.Away
         with pytest.raises(expected) as error:
             llm.ask(PROMPT, [])
         said = str(error.value.args[0])
         assert f"HTTP {code} from http://127" in said and words.replace(KEY, "") in said
         assert KEY not in said and (expected is not ar.Stop or "--base-url" in said)
         assert code != 429 or error.value.args[1] == 7
+        assert expected is ar.Stop or error.value.args[2] is (kind == "long")
 
 
 @pytest.mark.parametrize("body", ["<html>", "[" * 9999, '{"choices": [{', "null", "[1]", STREAM])

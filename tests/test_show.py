@@ -24,39 +24,50 @@ CONFIRMED = {"incumbent": 1, "n": 5, "gain": 0.048, "error": 0.002}     # no tes
 NOTHING = "nothing better than the baseline was kept"
 
 
-def nodes(rows, kind, noise=0.004, confirmed=None):
-    return list(ElementTree.fromstring(ar.progress_svg(rows, noise, confirmed)).iter(SVG + kind))
+@pytest.fixture(autouse=True)
+def known_noise(monkeypatch):
+    """Let every ledger have a noise of 0.006."""
+    monkeypatch.setattr(ar, "pooled_noise", lambda groups: 0.006)
+
+
+def nodes(rows, kind, confirmed=None):
+    return list(ElementTree.fromstring(ar.progress_svg(rows, confirmed or {})).iter(SVG + kind))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.004])
 @pytest.mark.parametrize("rows", [[], [BASELINE], [dot(0, "crash")] * 3, [BASELINE, dot(1.45)]])
-def test_a_ledger_without_a_gain_is_drawn_and_says_so(rows, noise):
-    assert NOTHING in [node.text for node in nodes(rows, "text", noise, CONFIRMED)]
-    report = ar.summary(rows, noise, CONFIRMED, {})
-    assert NOTHING in report and "±" not in report and "--confirm" not in report
+def test_a_ledger_without_a_gain_is_drawn_and_says_so(rows, noise, monkeypatch):
+    monkeypatch.setattr(ar, "pooled_noise", lambda groups: noise)
+    assert NOTHING in [node.text for node in nodes(rows, "text", CONFIRMED)]
+    report = ar.summary(rows, CONFIRMED, [])
+    assert NOTHING in report if rows else "Nothing is measured yet" in report
+    assert "±" not in report and "--confirm" not in report
 
 
-@pytest.mark.parametrize("confirmed", [None, CONFIRMED | {"incumbent": 7}, {"incumbent": 1}])
+@pytest.mark.parametrize("confirmed", [{}, CONFIRMED | {"incumbent": 7}, {"incumbent": 1}])
 def test_a_gain_is_as_selected_until_it_is_confirmed_for_this_incumbent(confirmed):
     for given, title in ((confirmed, "gain 0.050 ± 0.005, as selected"),   # 0.006 √(1/3 + 1/2)
                          (CONFIRMED, "gain 0.048 ± 0.002, confirmed on 5 fresh seeds")):
-        report = ar.summary([BASELINE, KEPT], 0.006, given, {})
-        drawn = [node.text for node in nodes([BASELINE, KEPT], "text", 0.006, given)]
+        report = ar.summary([BASELINE, KEPT], given, [])
+        drawn = [node.text for node in nodes([BASELINE, KEPT], "text", given)]
         assert title in drawn and title in report
         assert report.endswith("--confirm 5") == (given is confirmed)
 
 
 def test_a_summary_counts_what_came_of_the_night_and_tokens_only_with_an_llm():
     rows = [BASELINE, KEPT, dot(1.5), dot(0, "crash", train_seconds="", total_seconds="")]
-    report = ar.summary(rows, 0.006, None, {})
+    report = ar.summary(rows, {}, [])
     assert "3 experiments: 1 kept, 1 discarded, 1 crashed; 75% of the time was" in report
     assert re.search(r"#1 .*1\.400000 .*an idea .*test_bpb 1\.420000", report)
     assert "tokens" not in report
-    report = ar.summary(rows, 0.006, None, {"calls": 4, "cached": 7, "wasted": 3})
+    report = ar.summary(rows, {}, [ar.Experiment(1, "llm", calls=3, runs=[{}], cached_tokens=7),
+                                   ar.Experiment(2, "llm", calls=1)])
     assert "2000 tokens in (7 cached), 120 out, 4 calls, 3 led to nothing" in report
 
 
-def test_every_experiment_is_drawn_once_in_its_researchers_colour_and_outliers_at_an_edge():
+def test_every_experiment_is_drawn_once_in_its_researchers_colour_and_outliers_at_an_edge(
+        monkeypatch):
+    monkeypatch.setattr(ar, "pooled_noise", lambda groups: 0.004)
     rows = [BASELINE, KEPT, dot(0, "crash", "search", val_bpb=""), dot(9.9),
             dot(1.2, by="<&\x00>")]
     edge = {n.text: int(n.get("y")) - 6 for n in nodes(rows, "text") if n.text in ("×", "▲")}
@@ -69,7 +80,8 @@ def test_every_experiment_is_drawn_once_in_its_researchers_colour_and_outliers_a
     steps = [n.get("d") for n in nodes(rows, "path")]
     assert steps[0].endswith(f"H{x}") and steps[1:] == [f"M{x} {y}H{ar.WIDTH}"]
     for noise, thick in (0, "2"), (0.004, "14"), (1, "17"):     # visible, to scale, bounded
-        assert nodes(rows, "path", noise)[0].get("stroke-width") == thick
+        monkeypatch.setattr(ar, "pooled_noise", lambda groups, noise=noise: noise)
+        assert nodes(rows, "path")[0].get("stroke-width") == thick
 
 
 def test_a_line_is_printed_above_the_live_one_which_a_log_does_not_get(capsys, monkeypatch):
@@ -82,8 +94,7 @@ def test_a_line_is_printed_above_the_live_one_which_a_log_does_not_get(capsys, m
 
 
 def test_the_picture_in_the_readme_is_what_its_log_gives(monkeypatch):
+    monkeypatch.undo()
     monkeypatch.setattr(ar, "LEDGER", ROOT / "tests" / "night.tsv")
-    rows = ar.read_ledger(repair=False)
-    noise = ar.pooled_noise([ar.scores_of(row) for row in rows])
     picture = ROOT / "tests" / "night.svg"
-    assert ar.progress_svg(rows, noise, None) == picture.read_text("utf-8")
+    assert ar.progress_svg(ar.read_ledger(repair=False), {}) == picture.read_text("utf-8")
