@@ -87,6 +87,7 @@ class Unusable(Exception):
 
 def write_whole(path: Path, text: str):
     """Write a file under a temporary name and rename it: after a kill it is the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
@@ -131,7 +132,7 @@ class Experiment:
     tries: int = 0              # runs begun: the number of the next one's log and seed
     ended: int = 0              # runs that ended; if below tries, the driver died during one
     model: str = ""             # that was asked
-    room: int = 0               # output tokens to ask for, if not what the server gives
+    room: int = 0               # output tokens to ask for, above 0; below: that has been tried
     calls: int = 0              # answers of the LLM, also those that were cut or empty
     input_tokens: int = 0
     cached_tokens: int = 0      # of the input tokens
@@ -154,7 +155,6 @@ class Experiment:
         return words if abs(change) > 0.1 else ""
 
     def save(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.source:
             write_whole(self.folder / "train.py", self.source)
         write_json(self.folder / "experiment.json", dataclasses.asdict(self))
@@ -190,8 +190,7 @@ def read_ledger(repair: bool) -> list[dict[str, str]]:
         try:
             int(row["experiment"]), float(row["val_bpb"]), scores_of(row), row["finished"]
         except (KeyError, ValueError):
-            raise Stop(f"{LEDGER} line {number} is not a row of this program: mend or delete it; "
-                       f"nothing was changed") from None
+            raise Stop(f"{LEDGER} line {number} is not a row: mend or delete it") from None
     return rows
 
 
@@ -423,7 +422,7 @@ def read_answer(data: dict) -> Answer:
 
 
 class LLM:
-    """A model behind an endpoint. `warning`: what to set at the server, to be shown once."""
+    """A model behind an endpoint."""
 
     def __init__(self, base_url: str | None, model: str | None):
         env = os.environ.get
@@ -437,10 +436,10 @@ class LLM:
             self.url += "/v1"           # ANTHROPIC_BASE_URL is usually given without
         self.key = "".join(env(f"{owner.upper()}_API_KEY", "").split())
         self.model = model or (DEFAULT[owner] if f"//api.{owner}.com" in self.url else "")
-        self.answered, self.warning = False, ""
+        self.answered = self.warned = False
 
-    def http(self, path: str, body: dict | None, read: Callable) -> object:
-        """Send a request, and return what read() makes of its JSON. Raises Away or Stop."""
+    def http(self, path: str, body: dict | None, parse: Callable) -> object:
+        """Send a request, and return what parse() makes of its JSON. Raises Away or Stop."""
         local = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
         secret = {"x-api-key": self.key} if self.claude else {"Authorization": f"Bearer {self.key}"}
         text, wait = None, 0
@@ -455,7 +454,7 @@ class LLM:
             code, what = answer.status_code, f"HTTP {answer.status_code}"
             text = answer.content.decode("utf-8-sig", "replace")
             if code // 100 == 2:
-                return read(json.loads(text))
+                return parse(json.loads(text))
             text = f"redirect to {answer.headers['Location']}" if answer.is_redirect else text
             wait = max(0, float(answer.headers.get("Retry-After", 0)))      # 0 if it is a date
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -502,16 +501,18 @@ class LLM:
         else:
             body = {"messages": [{"role": "system", "content": prompt[0]},
                                  {"role": "user", "content": "".join(prompt[1:])}, *later]}
-        if room:        # OpenAI knows the new name alone, others the old
+        if room > 0:    # OpenAI knows the new name alone, others the old
             official = "//api.openai.com" in self.url
             body["max_completion_tokens" if official else "max_tokens"] = room
         answer = self.http("/messages" if self.claude else "/chat/completions",
                            {"model": self.model} | body, read_answer)
-        self.answered = self.answered or answer.whole
+        self.answered = True
         # A token is 3 to 4 characters. With more than 5, the prompt was cut.
-        if answer.input_tokens == 4096 or 1000 < answer.input_tokens < len(str(body)) / 5:
-            self.warning = (f"{self.url} read only the last {answer.input_tokens} tokens of the "
-                            f"prompt: start Ollama with OLLAMA_CONTEXT_LENGTH=32768")
+        cut = answer.input_tokens == 4096 or 1000 < answer.input_tokens < len(str(body)) / 5
+        if cut and not self.warned:
+            self.warned = True
+            say(f"WARNING: {self.url} read only the last {answer.input_tokens} tokens of the "
+                f"prompt: start Ollama with OLLAMA_CONTEXT_LENGTH=32768")
         return answer
 
 
@@ -581,13 +582,6 @@ def history(rows: list[dict[str, str]], experiments: dict[int, Experiment],
     return texts
 
 
-def complaint(problem: str, log: str) -> str:
-    """Return the message that sends a proposal back."""
-    log = f"\nThe end of its log, as data:\n```\n{log}\n```" if log else ""
-    return (f"That could not be used: {problem}{log}\nReply again, complete and in the form asked "
-            f"for, with edits that apply to the incumbent as shown above.")
-
-
 THOUGHT = r"[\w:]*(?:think|thought|reason)\w*."     # of a tag
 BLOCK = re.compile(r"""
     ^[ \d.)*`-]* <{5,9} .*\n        # "<<<<<<< SEARCH": 5 to 9 marks, any name; also "1. <<<<<<<"
@@ -624,17 +618,13 @@ def parse_reply(reply: str) -> tuple[str, list[tuple[str, str]], list[str]]:
     return prose, list(dict.fromkeys(BLOCK.findall(text))), list(dict.fromkeys(files))
 
 
-def without_comments(code: str) -> str:     # nor blanks, but for the indentation
-    return CODE.sub(r"\1", code)
-
-
 def place(search: str, replace: str, source: str) -> tuple[int, int, str]:
     """Return (first line, line after the last, new text) of the one place where search fits."""
     lines = source.splitlines(keepends=True)
     inner = [part.strip("\n") + "\n" for part in (search, replace)]
     # as it stands; without blank lines around and shifted as a whole; without comments
     for key, old, new in ((str, search, replace), (textwrap.dedent, *inner),
-                          (without_comments, *inner)):
+                          (lambda code: CODE.sub(r"\1", code), *inner)):
         size, both = old.count("\n"), textwrap.dedent(old + new)
         found = [i for i in range(len(lines)) if key("".join(lines[i:i + size])) == key(old)]
         if found:
@@ -852,8 +842,8 @@ class Lab:
     """What the threads share: the ledger, the experiments, the accelerators.
 
     With an LLM two threads for each accelerator do research, so that one drafts while the run of
-    the other trains, and one for each lets the search fill in. Without an LLM one each. One more
-    takes care of what a person edits.
+    the other trains, and one for each lets the search fill in. Without an LLM one each. Whoever
+    comes first takes what a person has edited.
 
     1. The ledger, the experiments, what is active and train.py change under one lock.
     2. Nobody waits for an accelerator, an answer or a run while holding it. An accelerator is held
@@ -916,27 +906,19 @@ class Lab:
 
     def take(self, by: str) -> Experiment | None:
         """Return what to go on with: what waits, or a new one; None: there is enough."""
-        def mine() -> list[Experiment]:     # without an LLM, search runs the drafts that one left
-            return [exp for exp in self.waiting
-                    if exp.by == by or by == "search" and exp.source and not self.llm]
-
         with self.lock:
             self.save_edit()
+            edits = [exp for exp in self.waiting if exp.by == "human"]      # these go first
+            # Without an LLM, search runs the drafts that one left.
+            mine = [exp for exp in self.waiting
+                    if exp.by == by or by == "search" and exp.source and not self.llm]
             drafts = [exp for exp in self.active if exp.by == "llm"]
-            if self.over or by == "llm" and (self.spent or len(drafts) >= self.left):
+            enough = by == "llm" and (self.spent or len(drafts) >= self.left)
+            if self.over or enough and not edits:
                 return None
-            if by == "human":
-                self.wait_until(lambda: bool(mine()))
-            exp = mine()[0] if mine() else self.new_experiment(by)
+            exp = next(iter(edits + mine), None) or self.new_experiment(by)
             self.active.append(exp)
             return exp
-
-    def wait_until(self, condition: Callable[[], bool]):
-        """Wait, without the lock, until something is the case. At the end, end the thread."""
-        while not (self.over or condition()):
-            self.lock.wait(0.2)     # nobody is notified of a stop, or that time has passed
-        if self.over:
-            sys.exit()              # this thread alone
 
     @contextlib.contextmanager
     def accelerator(self, exp: Experiment) -> Iterator[int]:
@@ -954,7 +936,10 @@ class Lab:
             return idle and needed and (not edited or exp.by == "human" or exp.tries > 0)
 
         with self.lock:
-            self.wait_until(may_have)
+            while not (self.over or may_have()):
+                self.lock.wait(0.2)     # nobody is notified of a stop, or that time has passed
+            if self.over:
+                sys.exit()              # this thread alone
             gpu = min(self.free)
             del self.free[gpu]
         try:
@@ -989,7 +974,9 @@ class Lab:
             self.in_vain += exp.by == "llm" and its_fault
             if not (self.llm and exp.by == "llm" and its_fault and len(exp.turns) // 2 < RETURNS):
                 return self.record(exp, "crash", problem)
-            exp.turns.append(complaint(problem, log))
+            log = f"\nThe end of its log, as data:\n```\n{log}\n```" if log else ""
+            exp.turns.append(f"That could not be used: {problem}{log}\nReply again, complete and "
+                             f"in the form asked for, with edits of the incumbent as shown above.")
             exp.source, exp.fingerprint, exp.runs = "", "", []
             exp.save()
             self.active.remove(exp)
@@ -1005,7 +992,7 @@ class Lab:
         if exp.by == "llm" and not exp.source:
             while len(exp.turns) % 2 == 0:      # else a kill came between the reply and its use
                 self.ask(exp)
-            self.build(exp)
+            self.build(exp)     # while others train; once more on the incumbent of later
 
     def ask(self, exp: Experiment):
         """Ask the LLM once. What it replies becomes a turn of exp, unless it has to ask again."""
@@ -1014,13 +1001,11 @@ class Lab:
         if self.over or self.spent:
             sys.exit()              # this thread alone
         prompt = self.prompt(exp)
-        exp.folder.mkdir(parents=True, exist_ok=True)
         write_whole(exp.folder / f"prompt-{exp.calls}.md", "".join(prompt))
         try:
             answer = self.llm.ask(prompt, exp.turns, exp.room)
         except Away as error:
-            if exp.room:            # perhaps it does not offer so much of it
-                raise Unusable("the reply was cut: be brief") from None
+            exp.room = -abs(exp.room)       # has been tried: perhaps it does not offer so much
             return self.take_absence(*error.args)
         # Most likely its thoughts have used up the limit: it is asked once more, with a higher one.
         again = answer.finish in ("length", "max_tokens") and not exp.room
@@ -1036,15 +1021,11 @@ class Lab:
             exp.output_tokens += answer.output_tokens
             exp.save()
             self.tokens += answer.input_tokens + answer.output_tokens
-            news = ["LLM: it answers again"] * self.away
-            self.in_vain, self.away, self.wait = self.in_vain * (not self.away), False, 0
+            if self.away:
+                say("LLM: it answers again")
+                self.away, self.wait, self.in_vain = False, 0, 0
             if self.spent:
-                news.append(f"LLM: {self.tokens} tokens are used (--tokens); search goes on alone")
-            if self.llm.warning:
-                news.append(f"WARNING: {self.llm.warning}")
-                self.llm.warning = ""
-            for line in news:
-                say(line)
+                say(f"LLM: {self.tokens} tokens are used (--tokens); search goes on alone")
         if not (answer.whole or again):
             raise Unusable(f"the reply is not whole (finish reason {answer.finish}): be brief")
 
@@ -1128,8 +1109,7 @@ class Lab:
             best, anew = self.incumbent, self.discards >= RECHECK
             self.discards = 0 if anew else self.discards
         if anew:    # a score from a lucky seed or a fast hour must not block the night
-            say(f"#{best.number} is the incumbent, and {RECHECK} discards in a row lost to it: it "
-                f"runs once more")
+            say(f"#{best.number} runs once more: {RECHECK} discards in a row lost to it")
             try:
                 self.measure(best, gpu, best.runs)
             except Unusable as problem:
@@ -1223,14 +1203,14 @@ class Lab:
         """Refuse a run whose score could not be compared with the baseline's."""
         with self.lock:
             if not self.conditions:
-                self.conditions = event | {"folder": str(self.args.folder)}
+                self.conditions = {name: event[name] for name in event.keys() - {"event", "limit"}}
+                self.conditions["folder"] = str(self.args.folder)
                 write_json(CONDITIONS, self.conditions)
         for name in COMPARED:
             new = event.get(name)
             if (old := self.conditions.get(name, new)) != new:      # older files lack some names
                 raise Stop(f"{LEDGER} was measured with {name} {old} and this start has {new}: "
-                           f"start it as before, or move {LEDGER} and {FOLDER}/ away for a new "
-                           f"beginning")
+                           f"start it as before, or move {LEDGER} and {FOLDER}/ away")
 
     def recover(self):
         """Go on where the last start ended, and leave train.py as the incumbent."""
@@ -1243,6 +1223,7 @@ class Lab:
             return
         best = self.incumbent
         best.source = best.source or read(TRAIN)
+        best.fingerprint = best.fingerprint or screen(best.source)
         # A kill between the two writes of a keep has left a candidate in train.py. It waits, and
         # is judged again; anything else that is no incumbent there is a person's edit.
         if not TRAIN.exists() or read(TRAIN) in [exp.source for exp in self.waiting]:
@@ -1284,13 +1265,9 @@ class Lab:
         self.in_threads([worker] * self.args.workers)
 
     def confirm(self, n: int):
-        """Run baseline and incumbent n times each, on seeds that decided nothing.
-
-        What was kept was chosen because it scored well, so its own score is too good.
-        """
+        """Run baseline and incumbent n times each, on seeds that decided nothing."""
         if not self.rows or not self.incumbent.number:
-            raise Stop("nothing was kept yet, so there is no gain to confirm: go on without "
-                       "--confirm")
+            raise Stop("nothing was kept yet, there is no gain to confirm: leave out --confirm")
         base, best = self.experiments[0], self.incumbent
         if not base.source:
             raise Stop(f"{base.folder} is missing, so the baseline cannot be run again")
@@ -1345,7 +1322,7 @@ class Lab:
                 self.measure_baseline()
             self.left = self.args.experiments or math.inf
             n = self.args.workers
-            researchers = ["llm"] * 2 * n * bool(self.llm) + ["search"] * n + ["human"]
+            researchers = ["llm"] * 2 * n * bool(self.llm) + ["search"] * n
             self.in_threads([lambda by=by: self.research(by) for by in researchers])
         finally:
             for sign in SIGNALS:
@@ -1362,11 +1339,10 @@ def ledger_summary(rows: list[dict[str, str]]) -> str:
 
 
 def ledger_row(exp: Experiment, status: str, reason: str, commit: str) -> dict[str, str]:
-    """Return the row of results.tsv. Without a commit it names train.py by its hash."""
-    sha1 = hashlib.sha1(exp.source.encode("utf-8", "surrogateescape")).hexdigest()
+    """Return the row of results.tsv. Without a commit it names the program by its fingerprint."""
     runs = exp.runs if status != "crash" else [collections.Counter()]       # zero of everything
     return {
-        "commit": commit or (sha1[:7] if exp.source else "0000000"),
+        "commit": commit or exp.fingerprint[:7] or "0000000",
         "val_bpb": f"{fmean(run['val_bpb'] for run in runs):.6f}",
         "memory_gb": f"{max(run['peak_memory_mb'] for run in runs) / 1000:.1f}",
         "status": status,
@@ -1500,8 +1476,8 @@ def main() -> int:
     except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on where it was")
         return 128 + stopped.args[0]
-    except Stop as stop:
-        message = str(stop)
+    except (Stop, Unusable) as stop:
+        message = stop.args[0]
     except OSError as error:
         message = (f"{error.strerror or error}: {error.filename or Path.cwd()}; what was logged is "
                    f"safe: make room or give permission, and start again")

@@ -1,6 +1,6 @@
 """The ground that stands still: data, tokenizer, batches, the clock and the metric.
 
-    python prepare.py                     # prepare the default data: c4 with CUDA, stdlib without
+    python prepare.py                     # what was prepared last; at first c4, stdlib without CUDA
     python prepare.py --data stdlib       # the Python sources of every installation; no network
     python prepare.py --data tinystories  # children's stories, 2.2 GB
     python prepare.py --data c4:8         # eight shards of web text, 0.8 GB each
@@ -836,7 +836,8 @@ def main():
             sys.exit(f"prepare.py: --run {args.run}: no such file")
         folder = args.folder or prepared()
         raise SystemExit(one_run(args.run.resolve(), args.seed, args.budget, folder, args.key))
-    print(prepare_or_fall_back(args.data))      # last: the folder, for whoever called
+    # the last line is the folder, for whoever called
+    print(prepare_or_fall_back(args.data) if args.data else prepared())
 
 
 if __name__ == "__main__":

@@ -225,7 +225,8 @@ def test_default_data_alone_is_replaced_and_loudly_if_it_cannot_be_had(
     said = run()
     assert said.count("WARNING: c4 cannot be downloaded (404") == 1
     assert re.search(r"^stdlib-\w+: .* bytes per token$", said, re.M)
-    assert f"\n{cache / (cache / 'current').read_text()}\n" in said
+    folder = f"{cache / (cache / 'current').read_text()}\n"
+    assert f"\n{folder}" in said and run() == folder, "the second time it is there"
     assert prepare.source("stdlib")[1] == [tmp_path / "lib" / "main.py"]
 
 
