@@ -40,7 +40,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import BinaryIO, TextIO
@@ -767,8 +767,8 @@ def headline(kept: list[dict], noise: float, confirmed: dict) -> tuple[str, str]
     return f"baseline {old:.4f} → best {new:.4f}", f"gain {gain:.3f} ± {error:.3f}, {how}"
 
 
-def summary(rows: list[dict], confirmed: dict, asked: list[Experiment]) -> str:
-    """Return the night in lines: gain, kept changes, counts, time, tokens; asked: of an LLM."""
+def summary(rows: list[dict], confirmed: dict, experiments: Iterable[Experiment]) -> str:
+    """Return the night in lines: gain, kept changes, counts, time, tokens."""
     if not rows:
         return "Nothing is measured yet: python autoresearch.py starts with the baseline."
     kept = [row for row in rows if row["status"] == "keep"]
@@ -780,7 +780,7 @@ def summary(rows: list[dict], confirmed: dict, asked: list[Experiment]) -> str:
     lines.append(f"{len(status)} experiments: {status.count('keep')} kept, "
                  f"{status.count('discard')} discarded, {status.count('crash')} crashed; "
                  f"{train / max(total, 1):.0%} of the time was training")
-    if asked:
+    if asked := [exp for exp in experiments if exp.calls]:
         calls, cached = (sum(getattr(exp, name) for exp in asked)
                          for name in ("calls", "cached_tokens"))
         wasted = calls - sum(bool(exp.runs) for exp in asked)
@@ -1309,7 +1309,7 @@ class Lab:
                 break
             words = [*self.live.copy().values(), self.incumbent.drift]
             show(" | ".join(filter(None, words)) or "waiting for the LLM")
-            time.sleep(0.2)
+            time.sleep(0.1)
         if failures:
             raise failures[0]
 
@@ -1330,12 +1330,9 @@ class Lab:
             self.stop.set()
             self.lock.acquire()     # for good: nothing is written after the summary
             self.lock.wait_for(lambda: len(self.free) == self.args.workers, GRACE + 5)
-            changed = self.incumbent.drift if self.rows else ""
-            say("\n".join(filter(None, [ledger_summary(self.rows), changed])))
-
-
-def ledger_summary(rows: list[dict[str, str]]) -> str:
-    return summary(rows, read_json(CONFIRMED), [exp for exp in experiments() if exp.calls])
+            say(summary(self.rows, read_json(CONFIRMED), self.experiments.values()))
+            if self.rows and self.incumbent.drift:
+                say(self.incumbent.drift)
 
 
 def ledger_row(exp: Experiment, status: str, reason: str, commit: str) -> dict[str, str]:
@@ -1469,7 +1466,7 @@ def main() -> int:
         args = parse_arguments()
         os.chdir(Path(__file__).resolve().parent)
         if args.experiments == 0:
-            print(ledger_summary(read_ledger(repair=False)))
+            print(summary(read_ledger(repair=False), read_json(CONFIRMED), experiments()))
         else:
             start(args)
         return 0

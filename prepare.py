@@ -5,7 +5,6 @@
     python prepare.py --data tinystories  # children's stories, 2.2 GB
     python prepare.py --data c4:8         # eight shards of web text, 0.8 GB each
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
-    python prepare.py --devices           # names of the GPUs, for CUDA_VISIBLE_DEVICES
 
 Nobody edits this file during research, so two scores can be compared. It does not cover code that
 attacks the machine: a train.py runs with your rights. README.md shows the line for a sandbox.
@@ -20,7 +19,6 @@ import functools
 import gzip
 import hashlib
 import heapq
-import importlib.util
 import itertools
 import json
 import math
@@ -112,10 +110,10 @@ MANY_FILES = 50     # from so many files on, a file is whole in one split
 TRIES = 5           # requests in a row that bring nothing, until one gives up: 15 seconds
 
 
-def text_pieces(path: Path) -> Iterator[str]:
+def text_pieces(path: Path, errors: str = "replace") -> Iterator[str]:
     """Yield the documents of a text file: what <|endoftext|> separates, in pieces where long."""
     rest = ""
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+    with path.open(encoding="utf-8", errors=errors, newline="") as file:
         while chunk := file.read(PIECE) + file.readline(PIECE):     # up to the end of a line
             *whole, rest = (rest + chunk).split("<|endoftext|>")
             yield from whole
@@ -136,8 +134,7 @@ def json_texts(path: Path) -> Iterator[str]:
 
 def is_text(path: Path) -> bool:
     try:
-        with path.open(encoding="utf-8") as file:
-            return sum(map(len, iter(functools.partial(file.read, 1 << 20), ""))) > 0
+        return sum(map(len, text_pieces(path, "strict"))) > 0
     except (UnicodeDecodeError, OSError):
         return False
 
@@ -194,11 +191,8 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
         sys.exit(f"prepare.py: --data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to "
                  f"1024 shards, or a file or folder that exists")
     good = [f for f in sorted(files) if is_text(f)]
-    if not good:
-        sys.exit(f"prepare.py: no text in {data}: --data takes a file or a folder of UTF-8 text")
     if len(good) < len(files):
-        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: empty, not UTF-8, "
-              f"or unreadable")
+        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files, not UTF-8 or empty")
     return f"{name}-{sha256(good)[:8]}", good, text_pieces
 
 
@@ -210,13 +204,11 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
     for file in files:
         split = ""
         for text in reader(file):
-            # All that stays in memory: 100 bytes a document, some 35 MB for a shard of C4.
-            key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-            if len(text.strip()) < SHORTEST or key in seen:
+            if len(text.strip()) < SHORTEST or hash(text) in seen:
                 continue
-            seen.add(key)
+            seen.add(hash(text))    # all that stays in memory: 100 bytes a document
             # The split that is furthest behind: val and test come from all over the text.
-            if not (split and together):
+            if not (split and together):    # once a file, or once a document
                 split = min(SPLITS, key=lambda s: size[s] / shares[s])
             size[split] += len(text)
             yield split, text
@@ -245,10 +237,7 @@ def join(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
 
 
 class Tokenizer:
-    """Text to tokens and back.
-
-    A token 0..255 is that byte; token 256 + i is `merges[i]`, a pair of earlier tokens; END is the
-    last. Each stands for exact bytes, also where it begins or ends inside a character.
+    """Text to tokens and back: 0..255 are bytes, 256 + i is `merges[i]`, the last is END.
 
     >>> Tokenizer([(104, 105)]).encode("hi, hi")
     [256, 44, 32, 256]
@@ -256,10 +245,11 @@ class Tokenizer:
 
     def __init__(self, merges: list[tuple[int, int]]):
         self.rank = {tuple(pair): 256 + i for i, pair in enumerate(merges)}     # -> their token
-        self.bytes = [bytes([i]) for i in range(256)]       # token -> what it stands for
+        self.bytes = [bytes([i]) for i in range(256)]   # of each token, perhaps half a character
         for left, right in self.rank:
             self.bytes.append(self.bytes[left] + self.bytes[right])
         self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
+        self.lengths = np.array([len(data) for data in self.bytes])
         self.known = functools.lru_cache(KNOWN)(self.merge)     # words repeat: merge each only once
 
     def encode(self, text: str) -> list[int]:
@@ -276,10 +266,6 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`; what is not UTF-8 in it becomes replacement characters."""
         return b"".join(self.bytes[token] for token in tokens).decode("utf-8", "replace")
-
-    def lengths(self) -> np.ndarray:
-        """Return the bytes of each token, (VOCAB_SIZE,) int64: 0 for END."""
-        return np.array([len(data) for data in self.bytes], dtype=np.int64)
 
 
 def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
@@ -390,9 +376,15 @@ def prepare(data: str) -> Path:
     return folder
 
 
-def prepare_or_fall_back(data: str | None) -> Path:
-    """Prepare `data`. The default data that cannot be reached is replaced by stdlib, loudly."""
+def ready(data: str | None) -> Path:
+    """Return the folder of `data`; without it of what was prepared last, or of the default data.
+
+    The default data that cannot be reached is replaced by stdlib, loudly.
+    """
     try:
+        last = CACHE / "current"
+        if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
+            return CACHE / last.read_text()
         return prepare(data or DEFAULT_DATA)
     except requests.RequestException as error:
         if data:
@@ -401,7 +393,7 @@ def prepare_or_fall_back(data: str | None) -> Path:
         print(f"WARNING: {DEFAULT_DATA} cannot be downloaded ({error}): scores will be of Python "
               f"sources (stdlib){', too few for a GPU: a smoke test' * CUDA}. When there is a "
               f"network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
-        return prepare_or_fall_back("stdlib")
+        return ready("stdlib")
     except OSError as error:        # a full disk, a corrupt shard
         sys.exit(f"prepare.py: {error.strerror or error}; AUTORESEARCH_CACHE names another place "
                  f"than {CACHE}")
@@ -445,8 +437,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
     """Yield (x, y, progress) until the budget is spent.
 
     x, y: int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t]. progress: the
-    share of the budget that is spent, in [0, 1). The first batch starts the clock, and nothing sets
-    it back. Raises ValueError when there are no windows of seq_len + 1 tokens.
+    share of the budget that is spent, in [0, 1). The first batch starts the clock.
     """
     clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.rng)
     if not 0 < seq_len < len(clock.tokens) // 2:
@@ -509,8 +500,7 @@ def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
     return logits.float()
 
 
-def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng: np.random.Generator
-               ) -> np.ndarray:
+def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.ndarray:
     """Return -ln p(y[i, t]) given x[i, :t+1]: two int64 (B, T) -> float32 (B, T)."""
     torch.manual_seed(int(rng.integers(2 ** 63)))   # torch's random state remembers no call
     logits = logits_of(model, x)
@@ -556,20 +546,19 @@ LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-
 GATHERED = 2, 4     # at most so many of the 3, and of the 16, largest losses may be at cuts
 
 
-def refuse_leaks(change: np.ndarray, cuts: np.ndarray, later: np.ndarray):
-    """Raise Invalid if predictions changed, in nats (P, B, T), by more than rounding."""
-    # later: (P,), whether the model had answered more calls at the probe than at the batch.
-    left = cuts[..., None] - np.arange(change.shape[-1])    # predictions that have to stay, from t
-    stays, sign = left > 0, np.where(later, 1, -1)[:, None, None]
-    small = change.clip(-LARGEST, LARGEST)
+def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
+    """Raise Invalid if predictions lost, in nats (P, B, T), more than rounding takes."""
+    left = cuts[..., None] - np.arange(loss.shape[-1])      # predictions that have to stay, from t
+    stays, sign = left > 0, np.where(probed_later, 1, -1)[:, None, None]
+    small = loss.clip(-LARGEST, LARGEST)
     kept, at_cut, learned = small[stays], small[left == 1], (small * sign)[stays]
     sigma = np.sqrt(np.square(kept).mean())
     unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
                    for some in (kept, at_cut, learned))
     spread = max(np.abs(kept).mean(), np.median(np.abs(at_cut)))
     # Noise would hide a rare leak in a mean, not among the largest losses.
-    largest = np.argsort(-change[stays])[:16]
-    hits = ((left[stays] == 1) & (change[stays] > SPREAD))[largest]
+    largest = np.argsort(-loss[stays])[:16]
+    hits = ((left[stays] == 1) & (loss[stays] > SPREAD))[largest]
     gathered = hits[:3].sum() > GATHERED[0] or hits.sum() > GATHERED[1]
     if not (unbiased and spread <= SPREAD and not gathered):        # a NaN is refused
         mps = " (torch's half-precision attention leaks: pytorch issue 195910)" * (DEVICE == "mps")
@@ -590,28 +579,26 @@ def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.
     x, y = (np.concatenate([tokens[i:i + size] for tokens in splits.values()]).astype(np.int64)
             .reshape(-1, EVAL_ROWS, SEQ_LEN) for i in (0, 1))
     cuts, nats, probed = choose_cuts(*x.shape, rng), np.empty(x.shape), np.empty(x.shape)
-    seconds = []                        # of each call
-
-    def ask(model: torch.nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        start = seconds_now()
-        answer = token_nats(model, x, y, rng)
-        seconds.append(seconds_now() - start)
-        return answer
-
+    times = [seconds_now()]             # and then after each call
     # A first call, on tokens that mean nothing: some models fold their weights together in it.
-    ask(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0])
+    token_nats(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0], rng)
     try:
         twin = copy.deepcopy(model)     # does not know what the model has answered
     except Exception:                   # something in it cannot be copied: probe it as it is
         twin = model
+    times.append(seconds_now())
     order, probes = rng.permutation(len(x)), rng.permutation(len(x))
     for i, p in zip(order, probes):     # each batch is scored once and probed once
-        nats[i] = ask(model, x[i], y[i])
+        nats[i] = token_nats(model, x[i], y[i], rng)
+        times.append(seconds_now())
         other = rng.permutation(x[p - rng.integers(1, len(x))])
         spliced = np.where(np.arange(SEQ_LEN) < cuts[p, :, None], x[p], other)
         rows = rng.permutation(len(spliced))
-        probed[p, rows] = ask(twin, spliced[rows], y[p, rows])
-    refuse_leaks(probed - nats, cuts, later=np.argsort(probes) >= np.argsort(order))
+        probed[p, rows] = token_nats(twin, spliced[rows], y[p, rows], rng)
+        times.append(seconds_now())
+    scored_at, probed_at = np.argsort(order), np.argsort(probes)    # which call it was
+    refuse_leaks(probed - nats, cuts, probed_at >= scored_at)
+    seconds = np.diff(times)
     put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # what some took much longer
     if not put_off <= max(slack, 1.0):      # a second, since a busy machine interrupts any of them
         raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
@@ -634,8 +621,7 @@ def sample(model: torch.nn.Module, folder: Path) -> str:
 
 # The candidate runs in the process that judges it, and knows a stub of this file with four names.
 # The driver believes only lines that begin with the key of the run: it is on the command line, as
-# that passes through every launcher, and gone from sys.argv before the candidate begins. This stops
-# a sloppy researcher and one that games the score. It does not stop malware.
+# that passes through every launcher, and gone from sys.argv before the candidate begins.
 
 # A candidate may use what torch and numpy hold themselves. Of what lies deeper, this is open to it:
 OPEN = [f"torch.{path}." for path in """_dynamo.config _inductor.config accelerator amp autograd
@@ -691,18 +677,6 @@ def refuse_modules(source: str):
                     raise Invalid(f"not allowed in line {node.lineno}: {ast.unparse(last)}: {why}")
 
 
-def load_candidate(path: Path) -> types.ModuleType:
-    """Import a train.py as the module `candidate`."""
-    stub = types.ModuleType("prepare", "what a train.py may use of prepare.py")
-    stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
-    sys.modules["prepare"] = sys.modules["__main__"] = stub
-    refuse_modules(path.read_text(encoding="utf-8"))
-    spec = importlib.util.spec_from_file_location("candidate", path)
-    module = sys.modules["candidate"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def end_with_driver(pipe: int):
     """End this process and its children when the driver, which holds `pipe` open, ends."""
     if os.read(pipe, 1):                # hello; a launcher may forward no stdin
@@ -726,11 +700,10 @@ def conditions(folder: Path, budget: float) -> dict:
     meta, info = json.loads((folder / "meta.json").read_text()), Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     cpu = f"{[*names, platform.processor()][0]}, {os.cpu_count()} cores"
-    card = torch.cuda.get_device_name() if CUDA else ""
     return meta | {
         "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
         "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
-        "device": card or DEVICE, "processor": card or cpu,
+        "device": torch.cuda.get_device_name() if CUDA else DEVICE, "processor": cpu,
         "threads": torch.get_num_threads() if DEVICE == "cpu" else 0,
         "evaluation_limit": EVAL_LIMIT,
         "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
@@ -741,11 +714,19 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     """Train the train.py at `path` once and report. Raises Invalid, or what train() raises."""
     global _clock       # of the run in this process
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
-    lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths()
+    lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths
     clock = _clock = Clock(data.pop("train"), seed, budget, tell)
     for set_seed in torch.manual_seed, np.random.seed, random.seed:
         set_seed(seed)
-    model = load_candidate(path).train()
+    stub = types.ModuleType("prepare", "what a train.py may use of prepare.py")
+    stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
+    sys.modules["prepare"] = sys.modules["__main__"] = stub
+    source = path.read_text(encoding="utf-8")
+    refuse_modules(source)
+    candidate = sys.modules["candidate"] = types.ModuleType("candidate")
+    candidate.__file__ = str(path)
+    exec(compile(source, path, "exec"), vars(candidate))
+    model = candidate.train()
     if not isinstance(model, torch.nn.Module):
         raise Invalid(f"train() returned {type(model).__name__}, not a torch.nn.Module")
     model.eval()        # before the clock is read: what a model does here is part of its training
@@ -802,13 +783,6 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
     return 1
 
 
-def prepared() -> Path:
-    """Return the folder that was prepared last; prepare the default data where there is none."""
-    current = CACHE / "current"
-    folder = CACHE / current.read_text() if current.exists() else CACHE
-    return folder if (folder / "meta.json").exists() else prepare_or_fall_back(None)
-
-
 def by_hand(path: str):
     """Run the train.py at `path` as the driver would, in a process of its own."""
     os.execv(sys.executable, [sys.executable, __file__, "--run", path])
@@ -831,13 +805,12 @@ def main():
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         return print(",".join(names.split(",")[:count]))
     check_card()
+    if args.run and not args.run.exists():
+        sys.exit(f"prepare.py: --run {args.run}: no such file")
+    folder = args.folder or ready(args.data)
     if args.run:
-        if not args.run.exists():
-            sys.exit(f"prepare.py: --run {args.run}: no such file")
-        folder = args.folder or prepared()
         raise SystemExit(one_run(args.run.resolve(), args.seed, args.budget, folder, args.key))
-    # the last line is the folder, for whoever called
-    print(prepare_or_fall_back(args.data) if args.data else prepared())
+    print(folder)       # the last line, for whoever called
 
 
 if __name__ == "__main__":

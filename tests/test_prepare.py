@@ -316,16 +316,16 @@ def test_decode_is_the_inverse_of_encode_and_the_metric_counts_its_bytes(stories
                  "a" + "\u0301" * 99, *map(any_text, range(100, 150))):
         tokens, exact = tokenizer.encode(text), text.encode("utf-8", "surrogatepass")
         assert tokenizer.decode(tokens) == exact.decode("utf-8", "replace")
-        assert tokenizer.lengths()[tokens].sum() == len(exact)
+        assert tokenizer.lengths[tokens].sum() == len(exact)
 
 
 def test_bytes_are_exact_where_a_token_ends_inside_a_character():
     tokenizer = prepare.Tokenizer([(0x20, 0xC3), (0xF0, 0x9F), (256, 0xA9)])
     tokens = tokenizer.encode(" é è 🙂")
     assert tokens == [258, 256, 0xA8, 0x20, 257, 0x99, 0x82]
-    assert tokenizer.lengths()[tokens].tolist() == [3, 2, 1, 1, 2, 1, 1]
+    assert tokenizer.lengths[tokens].tolist() == [3, 2, 1, 1, 2, 1, 1]
     assert tokenizer.decode([*tokens, prepare.END]) == " é è 🙂"
-    assert tokenizer.lengths().shape == (512,) and tokenizer.lengths()[prepare.END] == 0
+    assert tokenizer.lengths.shape == (512,) and tokenizer.lengths[prepare.END] == 0
 
 
 @pytest.mark.parametrize("text", [
@@ -339,7 +339,7 @@ def test_a_letter_and_its_combining_marks_stay_in_one_word(text):
 
 @pytest.mark.parametrize("unit", ["a", "a\u0301", "\u0301", "1", ".", " ", "\n"], ids=ascii)
 def test_a_word_is_bounded_so_that_encoding_stays_linear(unit):
-    assert learned(unit * 5000).lengths().max() <= 2 * (1 + 32 * 5)     # bytes of 1 + 32 letters
+    assert learned(unit * 5000).lengths.max() <= 2 * (1 + 32 * 5)     # bytes of 1 + 32 letters
 
 
 def test_merges_and_tokens_are_those_of_counting_and_joining_anew_each_time(stories):
@@ -435,7 +435,7 @@ def test_data_that_is_none_and_a_cache_that_cannot_be_written_get_one_line(refus
         line = refused("--data", data)
         assert f"--data {data}:" in line and "stdlib, tinystories, c4" in line
     (tmp_path / "empty").mkdir()
-    assert "no text in" in refused("--data", tmp_path / "empty")
+    assert "too little text in empty-" in refused("--data", tmp_path / "empty")
     monkeypatch.setattr(prepare, "CACHE", write(tmp_path / "file", "") / "cache")
     assert "AUTORESEARCH_CACHE" in refused("--data", "stdlib")
 

@@ -165,7 +165,7 @@ HONEST = {
         "    bench.evaluate = bench.token_nats = lambda *_: {'val': 0.1, 'test': 0.1}",
         "    bench.EVAL_ROWS, bench.EVAL_WINDOWS, bench.BUDGET = 1, 1, 100",
         "    bench.SEQ_LEN, bench.VOCAB_SIZE = 16, prepare.VOCAB_SIZE",
-        "    assert not hasattr(bench, '_clock') and not hasattr(bench, 'prepared')",
+        "    assert not hasattr(bench, '_clock') and not hasattr(bench, 'ready')",
         "return loop(Model())"),
     "clocks that stand still": train(
         "time.monotonic = time.thread_time = lambda: 0.0", "return loop(Model())"),
