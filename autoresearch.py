@@ -55,6 +55,7 @@ except ImportError:
 WIN = 1.0               # standard errors by which longer code has to win, after each of its runs
 RUNS = 2                # runs that a candidate has to win; RUNS = 1, WIN = 0 is the greedy rule
 BASELINE_RUNS = 3       # runs of the baseline, for the first estimate of the noise
+NOISE_FILES = 6         # newest files with several runs; what is trained changes, and its noise
 RECHECK = 8             # discards in a row after which the incumbent runs once more
 IDLE_SHARE = 0.2        # of the budget: an accelerator idle for that long is given to the search
 RETURNS = 2             # times that a proposal goes back to the LLM with what was wrong
@@ -209,6 +210,10 @@ def pooled_noise(groups: list[list[float]]) -> float:
     squares = sum((x - fmean(group)) ** 2 for group in groups for x in group)
     freedom = sum(len(group) - 1 for group in groups if group)
     return math.sqrt(squares / freedom) if freedom else 0.0
+
+
+def noise_of(rows: list[dict[str, str]]) -> float:
+    return pooled_noise([scores_of(row) for row in rows if "," in row["runs"]][-NOISE_FILES:])
 
 
 def standard_error(k: int, n: int, noise: float) -> float:  # of a difference of two means
@@ -747,10 +752,6 @@ def show(line: str):
 def verdict_line(row: dict[str, str]) -> str:
     return (f"#{row['experiment']:<4} {row['by']:8} {row['val_bpb']}  {row['status']:7}  "
             f"{row['description']}  [{row['reason']}]")
-
-
-def noise_of(rows: list[dict]) -> float:
-    return pooled_noise([scores_of(row) for row in rows])
 
 
 def headline(kept: list[dict], noise: float, confirmed: dict) -> tuple[str, str]:

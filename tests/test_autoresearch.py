@@ -81,9 +81,11 @@ def test_comments_are_no_code():
     assert ar.code_lines("a = 1   # why\n\n# what\nb = (1 +\n     2)\n") == 2
 
 
-def test_noise_is_pooled_over_all_files_that_ran_more_than_once():
+def test_noise_is_pooled_over_the_newest_files_that_ran_more_than_once():
     assert ar.pooled_noise([[1.0, 3.0], [10.0], [5.0, 5.0, 8.0]]) == pytest.approx((8 / 3) ** 0.5)
     assert ar.pooled_noise([[1.0]]) == 0.0
+    rows = [{"runs": "1.0,9.0"}] + [{"runs": "1.0,2.0"}, {"runs": "1.0"}] * ar.NOISE_FILES
+    assert ar.noise_of(rows) == pytest.approx(0.5 ** 0.5) and ar.noise_of(rows[:-2]) > 2
 
 
 # The search
