@@ -161,7 +161,7 @@ class Experiment:
         write_json(self.folder / "experiment.json", dataclasses.asdict(self))
 
 
-def experiments() -> Iterator[Experiment]:
+def saved_experiments() -> Iterator[Experiment]:
     """Yield what is in runs/, oldest first; folders of an older layout are left alone."""
     for path in sorted(FOLDER.glob("*/experiment.json")):
         with contextlib.suppress(TypeError, ValueError):
@@ -534,6 +534,8 @@ The contract of train.py:
   their own row alone, and on nothing of earlier calls: probes check it.
 - `for x, y, progress in prepare.batches(...)` is the only training data and the only clock: it
   starts at the first batch and the loop ends when the budget is spent; progress is in [0, 1).
+  An epoch has every window of the text once, a new call begins a new one under the same clock.
+  You may count this text as well as train on it.
   Before it, compiling and warming up are free, for twice the default budget at most. After it,
   2% of the budget are left, for averaging weights, say. No work may be put off until evaluation,
   which may take the evaluation_limit named below, in wall-clock seconds.
@@ -1077,7 +1079,8 @@ class Lab:
         """Make exp a change of the present incumbent, unless it is or has run. Raises Unusable."""
         with self.lock:
             best = self.incumbent
-            if exp.runs or exp.fingerprint and exp.base == best.number:
+            is_that = exp.fingerprint and exp.base == best.number
+            if exp.runs or is_that:
                 return
             candidates = [(exp.description, exp.source)]    # a person's, who saw what they changed
             if exp.by == "search":
@@ -1120,7 +1123,7 @@ class Lab:
             self.in_vain = 0
 
     def measure(self, exp: Experiment, gpu: int, reports: list[dict]):
-        """Train exp on a seed that no other run has; add the report to a list. Raises Unusable."""
+        """Train exp on a seed of its own and append the report to `reports`. Raises Unusable."""
         with self.lock:
             k, exp.tries = exp.tries, exp.tries + 1
             exp.save()          # counted before it begins: it may be what kills the driver
@@ -1219,7 +1222,7 @@ class Lab:
             runs = [{"val_bpb": score} for score in scores_of(row)]
             exp = Experiment(int(row["experiment"]), row["by"], runs=runs, tries=len(runs))
             self.experiments[exp.number] = exp
-        self.experiments |= {exp.number: exp for exp in experiments()}
+        self.experiments |= {exp.number: exp for exp in saved_experiments()}
         if not self.rows:
             return
         best = self.incumbent
@@ -1467,7 +1470,7 @@ def main() -> int:
         args = parse_arguments()
         os.chdir(Path(__file__).resolve().parent)
         if args.experiments == 0:
-            print(summary(read_ledger(repair=False), read_json(CONFIRMED), experiments()))
+            print(summary(read_ledger(repair=False), read_json(CONFIRMED), saved_experiments()))
         else:
             start(args)
         return 0

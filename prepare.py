@@ -186,7 +186,7 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
     elif path.exists():
         name = re.sub(r"\W+", "-", path.resolve().name)[:40]
         files = [f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path)}"]   # not hidden
-        files = [f for f in files or [path] if f.is_file()]
+        files = [f for f in files or [path] if f.is_file()]     # rglob of a file finds nothing
     else:
         sys.exit(f"prepare.py: --data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to "
                  f"1024 shards, or a file or folder that exists")
@@ -460,7 +460,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
             clock.tell("training", limit=cap + 10)      # 4: a CPU may have other load
             clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
         now = seconds_now() - clock.start
-        step, last = max(0.0, now - last), now          # 0 at the first
+        step, last = max(0.0, now - last), now          # 0 at the first of a loop
         # No batch without the time that the last one took. A GPU is still at the last one.
         if now + step * (2 if CUDA else 1) >= clock.budget:
             break
@@ -639,17 +639,18 @@ def objection(path: str, is_set: bool) -> str:
     """Return why a candidate may not use, or set, what a path like torch.nn.Linear leads to."""
     root, *parts = path.split(".")
     is_open = OPEN if root in ("numpy", "torch") else [f"{root}."]
-    value, where = sys.modules[root], f"{root}."
+    value, prefix = sys.modules[root], f"{root}."
     while parts and isinstance(value, types.ModuleType):
-        where, value = f"{value.__name__}.{parts[0]}.", getattr(value, parts.pop(0), None)
+        prefix, value = f"{value.__name__}.{parts[0]}.", getattr(value, parts.pop(0), None)
         if is_module := isinstance(value, types.ModuleType):
-            where = f"{value.__name__}."            # torch.importlib is importlib
-        if is_module or where.count(".") > 2:       # torch.relu needs no permission
-            if not any(there.startswith(where) or where.startswith(there) for there in is_open):
-                return f"{where[:-1]} is closed to a candidate"
+            prefix = f"{value.__name__}."            # torch.importlib is importlib
+        if is_module or prefix.count(".") > 2:       # torch.relu needs no permission
+            if not any(allowed.startswith(prefix) or prefix.startswith(allowed)
+                       for allowed in is_open):
+                return f"{prefix[:-1]} is closed to a candidate"
         if CLOSED.fullmatch(f"{root}.{getattr(value, '__name__', '')}"):
             return "no files, no seeds, no attributes by computed names"
-    if is_set and not re.match(r"torch\.(backends|_\w+\.config)\.", where):
+    if is_set and not re.match(r"torch\.(backends|_\w+\.config)\.", prefix):
         return "only settings may be assigned"
     return "a module stands only before a dot" if isinstance(value, types.ModuleType) else ""
 
