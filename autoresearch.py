@@ -1079,8 +1079,8 @@ class Lab:
         """Make exp a change of the present incumbent, unless it is or has run. Raises Unusable."""
         with self.lock:
             best = self.incumbent
-            is_that = exp.fingerprint and exp.base == best.number
-            if exp.runs or is_that:
+            up_to_date = exp.fingerprint and exp.base == best.number
+            if exp.runs or up_to_date:
                 return
             candidates = [(exp.description, exp.source)]    # a person's, who saw what they changed
             if exp.by == "search":

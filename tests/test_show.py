@@ -1,5 +1,7 @@
+import inspect
 import re
 import sys
+import textwrap
 from xml.etree import ElementTree
 
 import pytest
@@ -93,8 +95,20 @@ def test_a_line_is_printed_above_the_live_one_which_a_log_does_not_get(capsys, m
         assert capsys.readouterr().out == expected
 
 
-def test_the_picture_in_the_readme_is_what_its_log_gives(monkeypatch):
+@pytest.mark.parametrize("night", ["night", "search"])
+def test_the_pictures_of_the_readme_are_what_their_ledgers_give(night, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(ar, "LEDGER", ROOT / "tests" / "night.tsv")
-    picture = ROOT / "tests" / "night.svg"
-    assert ar.progress_svg(ar.read_ledger(repair=False), {}) == picture.read_text("utf-8")
+    tests = ROOT / "tests"
+    monkeypatch.setattr(ar, "LEDGER", tests / f"{night}.tsv")
+    confirmed = ar.read_json(tests / f"{night}.json")
+    picture = ar.progress_svg(ar.read_ledger(repair=False), confirmed)
+    assert picture == (tests / f"{night}.svg").read_text("utf-8")
+    if night == "night":
+        gain = f"{confirmed['gain']:.3f} ± {confirmed['error']:.3f}"
+        assert f"**{gain}**" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_loop_in_the_readme_is_the_code():
+    loop = inspect.getsource(ar.Lab.research).split('"""\n')[1]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert textwrap.indent(textwrap.dedent(loop), "    ") in readme
