@@ -534,8 +534,7 @@ The contract of train.py:
   their own row alone, and on nothing of earlier calls: probes check it.
 - `for x, y, progress in prepare.batches(...)` is the only training data and the only clock: it
   starts at the first batch and the loop ends when the budget is spent; progress is in [0, 1).
-  An epoch has every window of the text once, a new call begins a new one under the same clock.
-  You may count this text as well as train on it.
+  An epoch has every window of the text once; another call begins a new one on the same clock.
   Before it, compiling and warming up are free, for twice the default budget at most. After it,
   2% of the budget are left, for averaging weights, say. No work may be put off until evaluation,
   which may take the evaluation_limit named below, in wall-clock seconds.

@@ -706,7 +706,7 @@ def conditions(folder: Path, budget: float) -> dict:
         "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if CUDA else DEVICE, "processor": cpu,
         "threads": torch.get_num_threads() if DEVICE == "cpu" else 0,
-        "evaluation_limit": EVAL_LIMIT,
+        "evaluation_limit": EVAL_LIMIT, "evaluation_windows": 2 * EVAL_WINDOWS,
         "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
                  DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())}
 
