@@ -557,7 +557,7 @@ lines copied exactly from the incumbent train.py
 lines to stand in their place
 >>>>>>> REPLACE
 
-As many such blocks as needed. Each SEARCH must match the incumbent exactly once, so copy enough
+As many such blocks as needed. Each SEARCH must match the incumbent exactly once: copy enough whole
 lines to be unique, and no more. An edit is applied to the incumbent of the moment when it runs,
 whose numbers may be others: have `NAME = number` lines in a SEARCH only to change them, and define
 new names beside their use. For a rewrite, give the whole new file in one ```python fence.
