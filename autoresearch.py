@@ -534,7 +534,8 @@ The contract of train.py:
   their own row alone, and on nothing of earlier calls: probes check it.
 - `for x, y, progress in prepare.batches(...)` is the only training data and the only clock: it
   starts at the first batch and the loop ends when the budget is spent; progress is in [0, 1).
-  An epoch has every window of the text once; another call begins a new one on the same clock.
+  An epoch has every window once, in an order that is spread over all of the text; another call
+  begins a new epoch on the same clock. What a run calls steps are the batches that it drew.
   Before it, compiling and warming up are free, for twice the default budget at most. After it,
   2% of the budget are left, for averaging weights, say. No work may be put off until evaluation,
   which may take the evaluation_limit named below, in wall-clock seconds.
@@ -542,8 +543,8 @@ The contract of train.py:
   threads, getattr, dunder names, seeds; a module's name stands only before a dot. No program that
   equals an earlier one but for comments.
 
-How it is judged: a change that makes the code longer has to win by a margin, named under "Now",
-on two seeds. A knob, a swap or a simplification only has to be better on two seeds.
+How it is judged: a change that makes the code longer, in lines without comments, has to win by a
+margin, named under "Now", on two seeds. Anything else only has to be better on two seeds.
 
 Reply in exactly this form, nothing else:
 
