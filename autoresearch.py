@@ -933,10 +933,11 @@ class Lab:
             idle = any(time.monotonic() - since >= patience for since in self.free.values())
             # What waits for the last accelerators may never be needed.
             needed = self.args.workers - len(self.free) < self.left
-            # A person's edit goes first, but for what has begun.
+            # A person's edit goes first. Baseline and --confirm are not among the active.
             edited = any(other.by == "human" and not other.tries
                          for other in (*self.active, *self.waiting))
-            return idle and needed and (not edited or exp.by == "human" or exp.tries > 0)
+            gives_way = edited and exp.by != "human" and exp in self.active
+            return idle and needed and not gives_way
 
         with self.lock:
             while not (self.over or may_have()):
@@ -1477,8 +1478,10 @@ def main() -> int:
     except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on where it was")
         return 128 + stopped.args[0]
-    except (Stop, Unusable) as stop:
-        message = stop.args[0]
+    except Stop as stop:
+        message = str(stop)
+    except Unusable as problem:     # of the incumbent, where runs/ is lost
+        message = f"{TRAIN}: {problem.args[0]}: mend it, or git checkout {TRAIN}"
     except OSError as error:
         message = (f"{error.strerror or error}: {error.filename or Path.cwd()}; what was logged is "
                    f"safe: make room or give permission, and start again")

@@ -490,6 +490,14 @@ def test_a_gain_is_confirmed_on_fresh_seeds_and_a_kill_wastes_no_run(measured, l
     assert "as selected" in (measured.folder / "progress.svg").read_text()
 
 
+def test_a_machine_that_has_changed_its_speed_since_the_verdict_is_noticed():
+    runs = [{"val_bpb": 1.0, "num_tokens": tokens, "train_seconds": 10} for tokens in (90, 110, 80)]
+    assert ar.Experiment(7, "llm", runs=runs[:2]).drift == ""
+    assert "#7 now trains on -20% tokens/s" in ar.Experiment(7, "llm", runs=runs).drift
+    assert ar.Experiment(7, "llm", runs=[*runs, runs[0]]).drift == "", "10% is no change"
+    assert ar.Experiment(0, "baseline", runs=runs).drift == "", "its verdict took three runs"
+
+
 # Kills
 
 # Starts the driver again and again, each time in a fresh copy of the folder `start`, and kills it
@@ -551,6 +559,16 @@ def test_a_kill_between_the_last_baseline_run_and_its_row_wastes_no_run(measured
     measured.drive("--experiments", 1)
     assert [row["by"] for row in consistent(measured)] == ["baseline", "search"]
     assert experiment(measured, 0)["tries"] == 3
+
+
+def test_without_its_ledger_a_folder_begins_with_the_baseline_and_an_edit_waits(measured):
+    (measured.folder / "results.tsv").unlink()
+    shutil.rmtree(measured.folder / "runs/0000")
+    mine = ar.Experiment(1, "human", "mine", source=TINY.replace("LR = 0.02", "LR = 0.06"))
+    (measured.folder / "runs/0001").mkdir()
+    (measured.folder / "runs/0001/experiment.json").write_text(json.dumps(vars(mine)))
+    measured.drive("--experiments", 1)
+    assert [row["by"] for row in consistent(measured)] == ["baseline", "human"]
 
 
 def test_a_candidate_under_which_the_driver_died_twice_is_a_crash(measured):

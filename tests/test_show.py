@@ -26,12 +26,6 @@ CONFIRMED = {"incumbent": 1, "n": 5, "gain": 0.048, "error": 0.002}     # no tes
 NOTHING = "nothing better than the baseline was kept"
 
 
-@pytest.fixture(autouse=True)
-def known_noise(monkeypatch):
-    """Let every ledger have a noise of 0.006."""
-    monkeypatch.setattr(ar, "pooled_noise", lambda groups: 0.006)
-
-
 def nodes(rows, kind, confirmed=None):
     return list(ElementTree.fromstring(ar.progress_svg(rows, confirmed or {})).iter(SVG + kind))
 
@@ -47,7 +41,8 @@ def test_a_ledger_without_a_gain_is_drawn_and_says_so(rows, noise, monkeypatch):
 
 
 @pytest.mark.parametrize("confirmed", [{}, CONFIRMED | {"incumbent": 7}, {"incumbent": 1}])
-def test_a_gain_is_as_selected_until_it_is_confirmed_for_this_incumbent(confirmed):
+def test_a_gain_is_as_selected_until_it_is_confirmed_for_this_incumbent(confirmed, monkeypatch):
+    monkeypatch.setattr(ar, "pooled_noise", lambda groups: 0.006)
     for given, title in ((confirmed, "gain 0.050 ± 0.005, as selected"),   # 0.006 √(1/3 + 1/2)
                          (CONFIRMED, "gain 0.048 ± 0.002, confirmed on 5 fresh seeds")):
         report = ar.summary([BASELINE, KEPT], given, [])
@@ -97,7 +92,6 @@ def test_a_line_is_printed_above_the_live_one_which_a_log_does_not_get(capsys, m
 
 @pytest.mark.parametrize("night", ["night", "search"])
 def test_the_pictures_of_the_readme_are_what_their_ledgers_give(night, monkeypatch):
-    monkeypatch.undo()
     tests = ROOT / "tests"
     monkeypatch.setattr(ar, "LEDGER", tests / f"{night}.tsv")
     confirmed = ar.read_json(tests / f"{night}.json")
