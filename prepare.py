@@ -24,7 +24,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import re
 import shutil
@@ -107,7 +106,7 @@ SPLITS = "train", "val", "test"
 PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
 SHORTEST = 64       # characters: a document with less than this is dropped
 MANY_FILES = 50     # from so many files on, a file is whole in one split
-TRIES = 5           # requests in a row that bring nothing, until one gives up: 15 seconds
+PATIENCE = 8        # seconds: the longest pause between requests that bring nothing: 1, 2, 4, 8
 
 
 def text_pieces(path: Path, errors: str = "replace") -> Iterator[str]:
@@ -139,12 +138,14 @@ def is_text(path: Path) -> bool:
         return False
 
 
-def download(url: str, folder: Path) -> Path:
-    """Fetch `url` into `folder`, unless it is there; go on where an earlier try stopped."""
-    path = folder / url.rpartition("/")[2]
-    part, failures = folder / f"{path.name}.part", 0
+def download(address: str) -> Path:
+    """Fetch a file of the hub, unless it is there; go on where an earlier try stopped."""
+    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/datasets/{address}"
+    path = CACHE / "downloads" / url.rpartition("/")[2]
+    part, pause = path.with_name(f"{path.name}.part"), 0.5
     while not path.exists():
-        have = part.stat().st_size if part.exists() else 0
+        part.touch()
+        have = part.stat().st_size
         headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
         try:
             with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
@@ -158,32 +159,29 @@ def download(url: str, folder: Path) -> Path:
                 raise requests.ConnectionError("nothing came")
             part.replace(path)
         except requests.RequestException as error:
-            grown = part.exists() and part.stat().st_size > have
-            failures = 1 if grown else failures + 1
-            if failures == TRIES or getattr(error.response, "status_code", 0) in (401, 403, 404):
+            pause = 1.0 if part.stat().st_size > have else 2 * pause
+            if pause > PATIENCE or getattr(error.response, "status_code", 0) in (401, 403, 404):
                 raise
-            print(f"{path.name}: {error}; again in {2 ** failures / 2} s", file=sys.stderr)
-            time.sleep(2 ** failures / 2)
+            print(f"{path.name}: {error}; again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
     return path
 
 
 def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
     """Return (name, files, what yields the documents of a file), and download what is missing."""
-    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co") + "/datasets"
-    path, folder = Path(data).expanduser(), CACHE / "downloads"
     if data == "tinystories":
-        url = f"{hub}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
-        return data, [download(url, folder)], text_pieces
+        stories = "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
+        return data, [download(stories)], text_pieces
     c4 = re.fullmatch(r"c4(?::(\d+))?", data)
     if c4 and 1 <= (shards := int(c4[1] or 4)) <= 1024:
-        url = f"{hub}/allenai/c4/resolve/main/en/c4-train.{{:05d}}-of-01024.json.gz"
-        return f"c4-{shards}", [download(url.format(i), folder) for i in range(shards)], json_texts
+        shard = "allenai/c4/resolve/main/en/c4-train.{:05d}-of-01024.json.gz"
+        return f"c4-{shards}", [download(shard.format(i)) for i in range(shards)], json_texts
     if data == "stdlib":
         name, path = data, Path(sysconfig.get_path("stdlib"))
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test",     # not everywhere
                 "encodings", "pydoc_data"}      # tables, each almost a copy of the next
         files = [f for f in path.rglob("*.py") if not skip & {*f.relative_to(path).parts}]
-    elif path.exists():
+    elif (path := Path(data).expanduser()).exists():
         name = re.sub(r"\W+", "-", path.resolve().name)[:40]
         files = [f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path)}"]   # not hidden
         files = [f for f in files or [path] if f.is_file()]     # rglob of a file finds nothing
@@ -377,26 +375,21 @@ def prepare(data: str) -> Path:
 
 
 def ready(data: str | None) -> Path:
-    """Return the folder of `data`; without it of what was prepared last, or of the default data.
-
-    The default data that cannot be reached is replaced by stdlib, loudly.
-    """
+    """Return the folder of `data`; without it of what was prepared last, or of the default data."""
     try:
         last = CACHE / "current"
         if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
             return CACHE / last.read_text()
         return prepare(data or DEFAULT_DATA)
     except requests.RequestException as error:
+        problem = f"{data or DEFAULT_DATA} cannot be downloaded ({error})"
         if data:
-            sys.exit(f"prepare.py: --data {data} cannot be downloaded ({error}): check the network "
-                     f"or give --data stdlib")
-        print(f"WARNING: {DEFAULT_DATA} cannot be downloaded ({error}): scores will be of Python "
-              f"sources (stdlib){', too few for a GPU: a smoke test' * CUDA}. When there is a "
+            sys.exit(f"prepare.py: --data {problem}: check the network or give --data stdlib")
+        print(f"WARNING: {problem}: going on with stdlib, on a GPU a smoke test. When there is a "
               f"network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
         return ready("stdlib")
     except OSError as error:        # a full disk, a corrupt shard
-        sys.exit(f"prepare.py: {error.strerror or error}; AUTORESEARCH_CACHE names another place "
-                 f"than {CACHE}")
+        sys.exit(f"prepare.py: {error.strerror or error}; AUTORESEARCH_CACHE can replace {CACHE}")
     except KeyboardInterrupt:
         sys.exit("prepare.py: stopped; the same command goes on where it was")
 
@@ -489,29 +482,25 @@ class Invalid(Exception):
     """A run whose score would mean nothing. The text says why."""
 
 
-def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
-    """Return the logits of a batch: int64 (B, T) -> float32 (B, T, VOCAB_SIZE) on DEVICE."""
-    # Nothing else is asked of a candidate. A judge in a process of its own would begin here.
-    logits = model(torch.from_numpy(tokens).to(DEVICE, copy=True))      # it may write into its copy
-    shape = (*tokens.shape, VOCAB_SIZE)
-    if type(logits) is not torch.Tensor or logits.shape != shape or not logits.is_floating_point():
-        got = [type(logits).__name__, *(getattr(logits, name, "") for name in ("dtype", "shape"))]
-        raise Invalid(f"not a plain tensor of floating-point logits {[*shape]}, but {got}")
-    return logits.float()
-
-
 def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.ndarray:
     """Return -ln p(y[i, t]) given x[i, :t+1]: two int64 (B, T) -> float32 (B, T)."""
     torch.manual_seed(int(rng.integers(2 ** 63)))   # torch's random state remembers no call
-    logits = logits_of(model, x)
+    # Nothing else is asked of a candidate. A judge in a process of its own would begin here.
+    logits = model(torch.from_numpy(x).to(DEVICE, copy=True))       # it may write into its copy
+    if type(logits) is not torch.Tensor:
+        raise Invalid(f"not a plain tensor of logits, but {type(logits).__name__}")
+    shape = *x.shape, VOCAB_SIZE
+    if logits.shape != shape or not logits.is_floating_point():
+        raise Invalid(f"not floating-point logits {shape}, but {logits.dtype} {logits.shape}")
+    logits = logits.float()
     targets = torch.from_numpy(y).flatten().to(DEVICE)
     nats = cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(y.shape).cpu()
     if not nats.isfinite().all():       # of the nats: -inf for a token that never comes is fair
         raise Invalid("logits that are not finite, or not so as float32")
     i, t = (int(rng.integers(size)) for size in x.shape)    # a token by hand: is torch still torch?
-    row, top = logits[i, t].tolist(), logits[i, t].max().item()
-    nat = math.log(sum(math.exp(logit - top) for logit in row)) + top - row[y[i, t]]
-    if not math.isclose(nat, nats[i, t], rel_tol=1e-4, abs_tol=1e-3):  # float32: 1e-6
+    row = logits[i, t].tolist()
+    nat = np.logaddexp.reduce(row) - row[y[i, t]]
+    if not math.isclose(nat, nats[i, t], rel_tol=1e-4, abs_tol=1e-3):   # float32: 1e-6
         raise Invalid("torch no longer computes cross_entropy: part of it was replaced")
     return nats.numpy()
 
@@ -528,13 +517,11 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.
 
 def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
     """Return where each row of each probe is cut: (probes, rows), in 1 ... length."""
-    count = probes * (rows - 1)
-    # Half of them are spread over all places, half are at ends of chunks of 2, 4, 8, ... tokens.
-    anywhere = np.resize(1 + rng.permutation(length - 1), count // 2)
-    chunk = 2 ** rng.integers(1, length.bit_length() - 1, count - count // 2)
-    ends = chunk * rng.integers(1, length // chunk)
-    cuts = rng.permutation([*anywhere, *ends]).reshape(probes, rows - 1)
-    return rng.permuted(np.insert(cuts, 0, length, axis=1), axis=1)     # one row a probe is whole
+    chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
+    cuts = chunk * rng.integers(1, length // chunk)         # at ends of chunks of 2, 4, 8, ...
+    cuts[:, 1::2] = np.resize(1 + rng.permutation(length - 1), (probes, rows // 2))     # all over
+    cuts[:, 0] = length                                     # one row a probe is whole
+    return rng.permuted(cuts, axis=1)
 
 
 # Rounding changes predictions too: with experts or atomics, a bf16 logit of 4 by 0.01, and by 1 in
@@ -565,56 +552,43 @@ def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
         raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions: by "
                       f"{at_cut.mean():+.4f} nats just before them, {kept.mean():+.4f} in all, "
                       f"{spread:.4f} in size, {learned.mean():+.4f} from call to call{mps}; logits "
-                      f"at t may depend on tokens[:t+1] of their row alone, and fp8 or int8 scaled "
-                      f"by batch mixes rows")
+                      f"may depend on tokens[:t+1] of their row alone (fp8 by batch mixes rows)")
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, splits: dict[str, np.ndarray], lengths: np.ndarray,
-             slack: float = 0.0) -> dict[str, float]:
-    """Return {split of tokens: bits per byte}. Raises Invalid if a model knows more than it may."""
+def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: float = 0) -> dict:
+    """Return {split: bits per byte} of {split: tokens}. Raises Invalid if it knows too much."""
     rng = np.random.default_rng()       # seeded by the system: no candidate knows it
     windows = min(EVAL_WINDOWS, *((len(tokens) - 1) // SEQ_LEN for tokens in splits.values()))
     size = windows // EVAL_ROWS * EVAL_ROWS * SEQ_LEN
-    x, y = (np.concatenate([tokens[i:i + size] for tokens in splits.values()]).astype(np.int64)
-            .reshape(-1, EVAL_ROWS, SEQ_LEN) for i in (0, 1))
-    cuts, nats, probed = choose_cuts(*x.shape, rng), np.empty(x.shape), np.empty(x.shape)
+    text = np.stack([tokens[:size + 1] for tokens in splits.values()]).astype(np.int64)
+    x, y = (part.reshape(-1, EVAL_ROWS, SEQ_LEN) for part in (text[:, :-1], text[:, 1:]))
+    cuts = choose_cuts(*x.shape, rng)
     times = [seconds_now()]             # and then after each call
     # A first call, on tokens that mean nothing: some models fold their weights together in it.
     token_nats(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0], rng)
     try:
-        twin = copy.deepcopy(model)     # does not know what the model has answered
-    except Exception:                   # something in it cannot be copied: probe it as it is
-        twin = model
+        models = model, copy.deepcopy(model)    # the copy does not know what the model answers
+    except Exception:                           # something cannot be copied: probe it as it is
+        models = model, model
     times.append(seconds_now())
-    order, probes = rng.permutation(len(x)), rng.permutation(len(x))
-    for i, p in zip(order, probes):     # each batch is scored once and probed once
-        nats[i] = token_nats(model, x[i], y[i], rng)
+    nats, turns = np.empty((2, *x.shape)), np.empty((2, len(x)))
+    # Each batch is scored once and probed once, all in one random order.
+    for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
+        tokens, rows = x[i], rng.permutation(EVAL_ROWS)
+        if probe:
+            other = rng.permutation(x[i - rng.integers(1, len(x))])
+            tokens = np.where(np.arange(SEQ_LEN) < cuts[i, :, None], tokens, other)
+        nats[probe, i, rows] = token_nats(models[probe], tokens[rows], y[i, rows], rng)
+        turns[probe, i] = len(times)
         times.append(seconds_now())
-        other = rng.permutation(x[p - rng.integers(1, len(x))])
-        spliced = np.where(np.arange(SEQ_LEN) < cuts[p, :, None], x[p], other)
-        rows = rng.permutation(len(spliced))
-        probed[p, rows] = token_nats(twin, spliced[rows], y[p, rows], rng)
-        times.append(seconds_now())
-    scored_at, probed_at = np.argsort(order), np.argsort(probes)    # which call it was
-    refuse_leaks(probed - nats, cuts, probed_at >= scored_at)
+    refuse_leaks(nats[1] - nats[0], cuts, turns[1] > turns[0])
     seconds = np.diff(times)
     put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # what some took much longer
     if not put_off <= max(slack, 1.0):      # a second, since a busy machine interrupts any of them
         raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
-    parts = zip(splits, np.split(nats, len(splits)), np.split(y, len(splits)))
+    parts = zip(splits, np.split(nats[0], len(splits)), np.split(y, len(splits)))
     return {split: bits_per_byte(*part, lengths) for split, *part in parts}
-
-
-@torch.no_grad()
-def sample(model: torch.nn.Module, folder: Path) -> str:
-    """Return how the model goes on with the first 24 tokens of val, drawn at temperature 0.8."""
-    tokenizer = Tokenizer(json.loads((folder / "tokenizer.json").read_text()))
-    tokens = np.fromfile(folder / "val.bin", np.uint16, SEQ_LEN)[None].astype(np.int64)
-    for at in range(24, 88):        # what is behind cannot matter
-        logits = logits_of(model, tokens)[0, at - 1]
-        tokens[0, at] = torch.multinomial(torch.softmax(logits / 0.8, 0), 1).item()
-    return tokenizer.decode(tokens[0, :88].tolist())
 
 
 # ---- 7  One run: a fresh process, whose main is this file and never the candidate ----------------
@@ -644,10 +618,9 @@ def objection(path: str, is_set: bool) -> str:
         prefix, value = f"{value.__name__}.{parts[0]}.", getattr(value, parts.pop(0), None)
         if is_module := isinstance(value, types.ModuleType):
             prefix = f"{value.__name__}."            # torch.importlib is importlib
-        if is_module or prefix.count(".") > 2:       # torch.relu needs no permission
-            if not any(allowed.startswith(prefix) or prefix.startswith(allowed)
-                       for allowed in is_open):
-                return f"{prefix[:-1]} is closed to a candidate"
+        allowed = any(name.startswith(prefix) or prefix.startswith(name) for name in is_open)
+        if not allowed and (is_module or prefix.count(".") > 2):    # torch.relu needs none
+            return f"{prefix[:-1]} is closed to a candidate"
         if CLOSED.fullmatch(f"{root}.{getattr(value, '__name__', '')}"):
             return "no files, no seeds, no attributes by computed names"
     if is_set and not re.match(r"torch\.(backends|_\w+\.config)\.", prefix):
@@ -681,26 +654,16 @@ def refuse_modules(source: str):
 def end_with_driver(pipe: int):
     """End this process and its children when the driver, which holds `pipe` open, ends."""
     if os.read(pipe, 1):                # hello; a launcher may forward no stdin
-        while os.read(pipe, 1024):      # b"" at the end
-            pass
+        open(pipe, "rb").read()         # returns at the end
         os.kill(0, signal.SIGKILL)      # 0: all of the own process group
         os._exit(1)                     # SIGKILL spares the init of a container
-
-
-def peak_memory_mb() -> float:
-    """Return the most memory this process has held: of the GPU, or of the machine without one."""
-    if CUDA:
-        return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024      # bytes
-    metal = torch.mps.driver_allocated_memory() if DEVICE == "mps" else 0
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + metal) / 1e6
 
 
 def conditions(folder: Path, budget: float) -> dict:
     """Return what makes two scores comparable, and what a researcher should know of the machine."""
     meta, info = json.loads((folder / "meta.json").read_text()), Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    cpu = f"{[*names, platform.processor()][0]}, {os.cpu_count()} cores"
+    cpu = f"{[*names, os.uname().machine][0]}, {os.cpu_count()} cores"
     return meta | {
         "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
         "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
@@ -711,8 +674,8 @@ def conditions(folder: Path, budget: float) -> dict:
                  DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())}
 
 
-def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> torch.nn.Module:
-    """Train the train.py at `path` once and report. Raises Invalid, or what train() raises."""
+def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> dict:
+    """Train the train.py at `path` once, and return the report. Raises what train() raises."""
     global _clock       # of the run in this process
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
     lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths
@@ -741,20 +704,18 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
                       f"nothing may follow the last batch")
     clock.budget = 0.0      # no loop over batches() goes on from here
     tell("evaluation", limit=EVAL_LIMIT)
-    memory, now = peak_memory_mb(), monotonic()
+    unit = 1 if sys.platform == "darwin" else 1024      # bytes
+    memory = (torch.cuda.max_memory_allocated() if CUDA else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     if "torch._dynamo" in sys.modules:      # compiling for other shapes would take a minute
         torch.compiler.set_stance("force_eager")
+    now = monotonic()
     bpb = evaluate(model, data, lengths, slack)
-    report = {"val_bpb": bpb["val"], "test_bpb": bpb["test"], "train_seconds": train_seconds,
-              "startup_seconds": clock.startup, "eval_seconds": monotonic() - now,
-              "total_seconds": monotonic() - BEGAN, "peak_memory_mb": memory,
-              "num_steps": clock.steps, "num_tokens": clock.seen,
-              "num_params": sum(p.numel() for p in model.parameters())}
-    tell("report", **report)
-    for name, value in report.items():
-        if name != "test_bpb":      # no prompt may quote it from a log
-            print(f"{name + ':':17} {round(value, 6)}", flush=True)
-    return model
+    return {"val_bpb": bpb["val"], "test_bpb": bpb["test"], "train_seconds": train_seconds,
+            "startup_seconds": clock.startup, "eval_seconds": monotonic() - now,
+            "total_seconds": monotonic() - BEGAN, "peak_memory_mb": memory / 1e6,
+            "num_steps": clock.steps, "num_tokens": clock.seen,
+            "num_params": sum(p.numel() for p in model.parameters())}
 
 
 def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
@@ -770,9 +731,11 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() finds no more
     tell("setup", limit=SETUP_LIMIT, **conditions(folder, budget))
     try:
-        model = measure(path, seed, budget, folder, tell)
-        if not key:     # for a person; the driver's runs have no use for it
-            print(f"sample:           {sample(model, folder)[:240]!r}")
+        report = measure(path, seed, budget, folder, tell)
+        tell("report", **report)
+        for name, value in report.items():
+            if name != "test_bpb":      # no prompt may quote it from a log
+                print(f"{name + ':':17} {round(value, 6)}", flush=True)
         return 0
     except Invalid as error:
         reason = str(error)[:2000]
