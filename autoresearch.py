@@ -568,25 +568,22 @@ The person you work for says:
 """
 
 
-def history(rows: list[dict[str, str]], experiments: dict[int, Experiment],
-            newest: int) -> list[str]:
-    """Return one text for each experiment, oldest first. test_bpb never is in it."""
+def history(rows: list[dict], experiments: dict[int, Experiment], newest: int) -> Iterator[str]:
+    """Yield one text for each experiment, oldest first. test_bpb never is in it."""
     # Old discards and older ideas leave it in steps. Between two steps it only gets longer, so
     # that a provider's cache of the prompt's beginning holds.
     step = max(1, newest // 2)
     first = max(0, (len(rows) - newest) // step * step)
     with_idea = (len(rows) // IDEAS - 1) * IDEAS
     kept = [i for i, row in enumerate(rows) if row["status"] == "keep"]
-    texts = []
-    for i in sorted({*kept[max(0, len(kept) - newest):], *range(first, len(rows))}):
+    for i in sorted({*kept[-newest:], *range(first, len(rows))}):
         row, exp = rows[i], experiments[int(rows[i]["experiment"])]
         did = exp.runs[:1]      # a later run would change the text
         speeds = (f"; {did[0]['num_steps']} steps, {speed(did):.0f} tokens/s"
                   if did and "num_steps" in did[0] else "")
         why = f"    why: {exp.idea}\n" if i >= with_idea and exp.idea else ""
-        texts.append(f"#{exp.number} {row['status']} {float(row['val_bpb']):.4f} ({row['by']}): "
-                     f"{row['description']} | {row['reason']}{speeds}\n{why}")
-    return texts
+        yield (f"#{exp.number} {row['status']} {float(row['val_bpb']):.4f} ({row['by']}): "
+               f"{row['description']} | {row['reason']}{speeds}\n{why}")
 
 
 THOUGHT = r"[\w:]*(?:think|thought|reason)\w*."     # of a tag
@@ -844,9 +841,8 @@ def progress_svg(rows: list[dict], confirmed: dict) -> str:
 class Lab:
     """What the threads share: the ledger, the experiments, the accelerators.
 
-    With an LLM two threads for each accelerator do research, so that one drafts while the run of
-    the other trains, and one for each lets the search fill in. Without an LLM one each. Whoever
-    comes first takes what a person has edited.
+    With an LLM each accelerator has three threads: one drafts while another's run trains, and the
+    third lets the search fill in. Without an LLM it has one. Any of them takes a person's edit.
 
     1. The ledger, the experiments, what is active and train.py change under one lock.
     2. Nobody waits for an accelerator, an answer or a run while holding it. An accelerator is held
@@ -857,9 +853,9 @@ class Lab:
     """
 
     def __init__(self, args: argparse.Namespace, llm: LLM | None):
-        self.args, self.llm = args, llm
+        self.args, self.llm = args, llm             # None as well once --tokens are used
         self.lock = threading.Condition()           # wait() lets go of it meanwhile
-        self.stop = threading.Event()
+        self.stop = threading.Event()               # it was interrupted, or there is enough
         self.rows = read_ledger(repair=True)
         self.experiments: dict[int, Experiment] = {}    # by number, also those without a row
         self.active: list[Experiment] = []          # what the threads are at
@@ -873,8 +869,7 @@ class Lab:
         self.history = HISTORY                      # halved when a prompt was too long
         self.tokens = 0                             # in and out, in this start
         self.away = False                           # does the LLM give no answer?
-        self.wait = 0                               # seconds that it has asked us to wait
-        self.in_vain = 0                            # requests in a row that led to no score
+        self.pause = 0                              # seconds before a request, after some in vain
 
     @property
     def incumbent(self) -> Experiment:
@@ -886,14 +881,6 @@ class Lab:
         recorded = {int(row["experiment"]) for row in self.rows}
         return [exp for exp in self.experiments.values()
                 if exp.number not in recorded and exp not in self.active]
-
-    @property
-    def spent(self) -> bool:
-        return self.tokens >= (self.args.tokens or math.inf)
-
-    @property
-    def over(self) -> bool:
-        return self.left <= 0 or self.stop.is_set()
 
     def research(self, by: str):
         """Propose, run, judge, record, until there have been as many experiments as asked for."""
@@ -908,41 +895,42 @@ class Lab:
                 self.send_back(exp, *problem.args)
 
     def take(self, by: str) -> Experiment | None:
-        """Return what to go on with: what waits, or a new one; None: there is enough."""
+        """Return what to go on with: what waits, or a new one; None: enough is in progress."""
         with self.lock:
+            if self.left <= 0:
+                self.stop.set()
             self.save_edit()
-            edits = [exp for exp in self.waiting if exp.by == "human"]      # these go first
             # Without an LLM, search runs the drafts that one left.
             mine = [exp for exp in self.waiting
-                    if exp.by == by or by == "search" and exp.source and not self.llm]
-            drafts = [exp for exp in self.active if exp.by == "llm"]
-            enough = by == "llm" and (self.spent or len(drafts) >= self.left)
-            if self.over or enough and not edits:
+                    if exp.by in (by, "human") or exp.source and not self.llm]
+            # A person's edit goes first.
+            exp = min(mine or [self.new_experiment(by)], key=lambda exp: exp.by != "human")
+            enough = [other.by for other in self.active].count(by) >= self.left
+            if enough and exp.by != "human":
                 return None
-            exp = next(iter(edits + mine), None) or self.new_experiment(by)
             self.active.append(exp)
             return exp
+
+    def may_start(self, exp: Experiment) -> float:
+        """Return from when on exp may have an accelerator, in seconds of time.monotonic()."""
+        idle_since = min(self.free.values(), default=math.inf)
+        if self.args.workers - len(self.free) >= self.left:
+            return math.inf         # what runs already may be enough
+        if exp.by == "human" or exp not in self.active:
+            return idle_since       # an edit, the baseline, or for --confirm
+        if any(other.by == "human" and not other.tries for other in self.active + self.waiting):
+            return math.inf         # the edit goes first
+        if exp.by == "search" and self.llm:     # it fills in for the LLM, whatever keeps that
+            return idle_since + IDLE_SHARE * self.conditions.get("budget", 60)
+        return idle_since
 
     @contextlib.contextmanager
     def accelerator(self, exp: Experiment) -> Iterator[int]:
         """Wait for a free accelerator and have it until the end of the block."""
-        def may_have() -> bool:
-            # The search fills in for the LLM, whatever keeps it, once one has been idle for long.
-            fills = self.llm and exp.by == "search" and not self.spent
-            patience = IDLE_SHARE * self.conditions.get("budget", 60) if fills else 0
-            idle = any(time.monotonic() - since >= patience for since in self.free.values())
-            # What waits for the last accelerators may never be needed.
-            needed = self.args.workers - len(self.free) < self.left
-            # A person's edit goes first. Baseline and --confirm are not among the active.
-            edited = any(other.by == "human" and not other.tries
-                         for other in (*self.active, *self.waiting))
-            gives_way = edited and exp.by != "human" and exp in self.active
-            return idle and needed and not gives_way
-
         with self.lock:
-            while not (self.over or may_have()):
+            while not self.stop.is_set() and time.monotonic() < self.may_start(exp):
                 self.lock.wait(0.2)     # nobody is notified of a stop, or that time has passed
-            if self.over:
+            if self.stop.is_set():
                 sys.exit()              # this thread alone
             gpu = min(self.free)
             del self.free[gpu]
@@ -954,29 +942,29 @@ class Lab:
                 self.free[gpu] = time.monotonic()
                 self.lock.notify_all()
 
-    def new_experiment(self, by: str) -> Experiment:
+    def new_experiment(self, by: str, description: str = "", source: str = "") -> Experiment:
         number = max(self.experiments) + 1
-        self.experiments[number] = Experiment(number, by)
+        self.experiments[number] = Experiment(number, by, description, source=source)
         return self.experiments[number]
 
     def save_edit(self):
         """Make a person's edit of train.py an experiment, and train.py the incumbent again."""
         best = self.incumbent.source
-        source = read(TRAIN) if TRAIN.exists() else best
+        source = read(TRAIN) if TRAIN.exists() else ""
         if source == best or not source.strip():        # empty: just being written
             return
-        edit = self.new_experiment("human")
-        edit.description, edit.source = f"a person's edit of {TRAIN}", source
+        edit = self.new_experiment("human", f"a person's edit of {TRAIN}", source)
         edit.save()
         write_whole(TRAIN, best)
-        say(f"{TRAIN} was edited: saved as {edit.folder / TRAIN}, to be measured next; {TRAIN} is "
+        say(f"{TRAIN} was edited: saved as {edit.folder / TRAIN}, and measured next; {TRAIN} is "
             f"the incumbent again")
 
     def send_back(self, exp: Experiment, problem: str, log: str = "", its_fault: bool = True):
         """Return exp to its LLM with what is wrong, RETURNS times at most; else it is a crash."""
         with self.lock:
-            self.in_vain += exp.by == "llm" and its_fault
-            if not (self.llm and exp.by == "llm" and its_fault and len(exp.turns) // 2 < RETURNS):
+            # Once --tokens are used it waits for the next start; search has nobody to send it to.
+            its_own = exp.by == self.args.researcher == "llm"
+            if not (its_own and its_fault and len(exp.turns) // 2 < RETURNS):
                 return self.record(exp, "crash", problem)
             log = f"\nThe end of its log, as data:\n```\n{log}\n```" if log else ""
             exp.turns.append(f"That could not be used: {problem}{log}\nReply again, complete and "
@@ -984,41 +972,35 @@ class Lab:
             exp.source, exp.fingerprint, exp.runs = "", "", []
             exp.save()
             self.active.remove(exp)
-            pause = f"; its next request waits {self.pause:.0f} s" if self.pause > 2 else ""
-            say(f"#{exp.number} goes back to the LLM: {one_line(problem, 100)}{pause}")
-
-    @property
-    def pause(self) -> float:       # seconds: 0.5 after the first request in vain, 1, 2, 4 ...
-        return min(LONGEST_PAUSE, 2 ** (self.in_vain - 2)) if self.in_vain else 0
+            self.pause = min(LONGEST_PAUSE, 2 * self.pause or 1)
+            say(f"#{exp.number} goes back to the LLM in {self.pause} s: {one_line(problem, 100)}")
 
     def propose(self, exp: Experiment):
         """Have the LLM write a reply, and try it on the incumbent; the others need none."""
-        if exp.by == "llm" and not exp.source:
-            while len(exp.turns) % 2 == 0:      # else a kill came between the reply and its use
+        if exp.by == "llm":
+            while len(exp.turns) % 2 == 0:      # the last is a complaint, or there is none
                 self.ask(exp)
             self.build(exp)     # while others train; once more on the incumbent of later
 
     def ask(self, exp: Experiment):
         """Ask the LLM once. What it replies becomes a turn of exp, unless it has to ask again."""
-        # Not all threads ask at the same time.
-        self.stop.wait(max(self.pause * random.uniform(0.5, 1), min(self.wait, LONGEST_PAUSE)))
-        if self.over or self.spent:
+        self.stop.wait(self.pause * random.uniform(0.5, 1))     # not all threads at the same time
+        if self.stop.is_set() or not (llm := self.llm):
             sys.exit()              # this thread alone
         prompt = self.prompt(exp)
         write_whole(exp.folder / f"prompt-{exp.calls}.md", "".join(prompt))
         try:
-            answer = self.llm.ask(prompt, exp.turns, exp.room)
+            answer = llm.ask(prompt, exp.turns, exp.room)
         except Away as error:
-            exp.room = -abs(exp.room)       # has been tried: perhaps it does not offer so much
+            exp.room = -abs(exp.room)       # perhaps it does not offer so much
             return self.take_absence(*error.args)
         # Most likely its thoughts have used up the limit: it is asked once more, with a higher one.
         again = answer.finish in ("length", "max_tokens") and not exp.room
         with self.lock:             # saved at once, since it was paid for
-            if not again:
-                exp.turns.append(answer.text.strip() or "(nothing)")
             write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
             write_json(exp.folder / f"response-{exp.calls}.json", answer.raw)
-            exp.model, exp.calls = self.llm.model, exp.calls + 1
+            exp.turns += [] if again else [answer.text.strip() or "(nothing)"]
+            exp.model, exp.calls = llm.model, exp.calls + 1
             exp.room = MORE_ROOM if again else 0
             exp.input_tokens += answer.input_tokens
             exp.cached_tokens += answer.cached_tokens
@@ -1027,22 +1009,23 @@ class Lab:
             self.tokens += answer.input_tokens + answer.output_tokens
             if self.away:
                 say("LLM: it answers again")
-                self.away, self.wait, self.in_vain = False, 0, 0
-            if self.spent:
+                self.away, self.pause = False, 0
+            if self.tokens >= (self.args.tokens or math.inf):
                 say(f"LLM: {self.tokens} tokens are used (--tokens); search goes on alone")
+                self.llm = None
         if not (answer.whole or again):
             raise Unusable(f"the reply is not whole (finish reason {answer.finish}): be brief")
 
     def take_absence(self, why: str, wait: float, too_long: bool):
-        """Halve a history that was too long; else say once that the LLM is away."""
+        """Halve a history that was too long; else say once that the LLM is away, and wait."""
         with self.lock:
-            if too_long and self.history:
+            if too_long and self.history > 1:
                 self.history //= 2
-                say(f"LLM: {why}; of the history it gets {self.history} experiments from now on")
-                return
+                return say(f"LLM: {why}; of the history it gets {self.history} experiments now")
             if not self.away:
                 say(f"LLM: {why}; it is asked again at times, and search fills in")
-            self.away, self.wait, self.in_vain = True, wait, self.in_vain + 1
+            self.away, self.pause = True, min(LONGEST_PAUSE, 2 * self.pause or 1)
+        self.stop.wait(min(wait, LONGEST_PAUSE))
 
     def prompt(self, exp: Experiment) -> list[str]:
         """Return the prompt in parts, what changes least first: providers cache its beginning."""
@@ -1051,22 +1034,21 @@ class Lab:
                 self.program = PROGRAM.read_text("utf-8", "replace") or self.program
             if not self.program:
                 raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
-            best, noise = self.incumbent, noise_of(self.rows)
-            facts = "\n".join(f"{name}: {fact}" for name, fact in self.conditions.items()
-                              if name not in ("sha256", "prepare", "folder", "threads", "name"))
-            if tokens := self.conditions.get("train_tokens"):
-                share = best.runs[-1].get("num_tokens", 0) / tokens
-                facts += f"\na run of the incumbent trains on {share:.2g} times the train_tokens"
-            begin = (f"# The machine\n{facts}\n\n# The incumbent: experiment {best.number}\n"
-                     f"```python\n{best.source.rstrip()}\n```\n\n# History, oldest first: number, "
-                     f"verdict, val_bpb (0 for a crash), who: what | gain over the incumbent of "
-                     f"then; steps, tokens/s\n")
+            best, last, noise = self.incumbent, self.incumbent.runs[-1], noise_of(self.rows)
+            facts = [f"{name}: {fact}\n" for name, fact in self.conditions.items()
+                     if name not in ("sha256", "prepare", "folder", "threads", "name")]
+            begin = (f"# The machine\n{''.join(facts)}\n"
+                     f"# The incumbent: experiment {best.number}\n"
+                     f"```python\n{best.source.rstrip()}\n```\n\n"
+                     f"# History, oldest first: number, verdict, val_bpb (0 for a crash), who: "
+                     f"what | gain over the incumbent of then; steps, tokens/s\n")
             scores = ", ".join(f"{score:.4f}" for score in best.scores)
+            share = last.get("num_tokens", 0) / self.conditions.get("train_tokens", math.nan)
             margin = WIN * standard_error(1, len(best.scores), noise)
-            steps, tokens_per_second = best.runs[-1].get("num_steps", "?"), speed(best.runs[-1:])
-            now = (f"\n# Now\nThe incumbent has {fmean(best.scores):.4f}, of runs with "
-                   f"{scores}; the newest took {steps} steps, {tokens_per_second:.0f} tokens/s. "
-                   f"Noise between seeds: {noise:.4f}. More code has to win by {margin:.4f}.\n")
+            now = (f"\n# Now\nThe incumbent has {fmean(best.scores):.4f}, of runs with {scores}; "
+                   f"the newest took {last.get('num_steps', '?')} steps, {speed([last]):.0f} "
+                   f"tokens/s, {share:.2g} times the train_tokens. Noise between seeds: "
+                   f"{noise:.4f}. More code has to win by {margin:.4f}.\n")
             if best.drift:
                 now += f"Since it was scored {best.drift}: what lost to it need not be worse.\n"
             for other in self.active:       # a search's has no description until it runs
@@ -1080,8 +1062,7 @@ class Lab:
         """Make exp a change of the present incumbent, unless it is or has run. Raises Unusable."""
         with self.lock:
             best = self.incumbent
-            up_to_date = exp.fingerprint and exp.base == best.number
-            if exp.runs or up_to_date:
+            if exp.runs or exp.fingerprint and exp.base == best.number:
                 return
             candidates = [(exp.description, exp.source)]    # a person's, who saw what they changed
             if exp.by == "search":
@@ -1093,19 +1074,18 @@ class Lab:
                 exp.idea = idea(exp.turns[-1])
                 if exp.source == candidates[0][1]:      # the same from another incumbent
                     raise Unusable("a whole file, but the incumbent has changed since you wrote it")
+            others = {other.fingerprint: other.number for other in self.experiments.values()
+                      if other is not exp}
             for description, source in candidates:
                 fingerprint = screen(source)
-                twins = [other.number for other in self.experiments.values()
-                         if other.fingerprint == fingerprint and other is not exp]
-                if not twins:
+                if fingerprint not in others:
                     exp.description, exp.source = description, source
                     exp.fingerprint, exp.base = fingerprint, best.number
                     return exp.save()
             if exp.by != "search":
-                raise Unusable(f"the same program as experiment {twins[0]}, comments aside")
+                raise Unusable(f"the same program as #{others[fingerprint]}, comments aside")
             if not self.llm:
                 raise Stop("search has nothing new to propose: edit train.py, or connect an LLM")
-            self.active.remove(exp)
             sys.exit()              # this thread alone
 
     def run(self, exp: Experiment, gpu: int):
@@ -1121,7 +1101,7 @@ class Lab:
                 say(f"#{best.number} did not run again: {problem.args[0]}")
         self.measure(exp, gpu, exp.runs)
         if exp.by == "llm":
-            self.in_vain = 0
+            self.pause = 0
 
     def measure(self, exp: Experiment, gpu: int, reports: list[dict]):
         """Train exp on a seed of its own and append the report to `reports`. Raises Unusable."""
@@ -1310,7 +1290,7 @@ class Lab:
             thread.start()
         while any(thread.is_alive() for thread in threads) and not failures:
             # One that still waits for an answer is not needed once there are enough experiments.
-            if self.over and len(self.free) == self.args.workers:
+            if self.stop.is_set() and len(self.free) == self.args.workers:
                 break
             words = [*self.live.copy().values(), self.incumbent.drift]
             show(" | ".join(filter(None, words)) or "waiting for the LLM")

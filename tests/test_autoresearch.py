@@ -134,7 +134,7 @@ def test_the_history_mostly_grows_at_its_end_and_is_bounded():
     assert all(f"#{i} keep" in texts[-1] for i in range(40, 301, 40))
     assert all(f"because {i}\n" in texts[-1] for i in range(301 - ar.IDEAS, 301))
     assert "because 200\n" not in texts[-1] and "7.770777" not in texts[-1]
-    assert len(ar.history(rows, exps, 1)) < 5
+    assert len(list(ar.history(rows, exps, 1))) < 5
 
 
 def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(measured, monkeypatch, capsys):
