@@ -1,10 +1,7 @@
 """autoresearch: an LLM does machine-learning research on its own.
 
-    python autoresearch.py                           # until Ctrl-C; the same command goes on
-    python autoresearch.py --experiments 10          # ten more, then stop; 0: only the summary
-    python autoresearch.py --confirm 5               # measure the gain anew, on fresh seeds
-    python autoresearch.py --researcher search       # no LLM: the control experiment
-    python autoresearch.py --base-url http://localhost:8080/v1      # an LLM of your own
+    python autoresearch.py                 # until Ctrl-C; the same command goes on
+    python autoresearch.py --confirm 5     # measure the gain anew, on fresh seeds
 
 It reads program.md, asks an LLM for one change to train.py, trains the changed file as a
 subprocess under a wall-clock cap, keeps the change if it helped, appends a row to results.tsv,
@@ -22,7 +19,6 @@ import argparse
 import ast
 import collections
 import contextlib
-import dataclasses
 import difflib
 import hashlib
 import html
@@ -41,9 +37,10 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
 import requests
 
@@ -86,13 +83,13 @@ class Unusable(Exception):
     """What is wrong with a proposal, or why a run has no score: Unusable(why, log, its_fault)."""
 
 
-def write_whole(path: Path, text: str):
-    """Write a file under a temporary name and rename it: after a kill it is the old or the new."""
+def write_whole(path: Path, content: str | dict):
+    """Write text, or data as JSON. After a kill the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        file.write(text)
-        file.flush()
+    text = content if isinstance(content, str) else json.dumps(content, indent=1)
+    temporary.write_text(text, "utf-8", "surrogateescape")
+    with open(temporary) as file:
         os.fsync(file.fileno())     # else a crash of the machine may leave the new name empty
     os.replace(temporary, path)
 
@@ -105,10 +102,6 @@ def read_json(path: Path) -> dict:
     return json.loads(read(path)) if path.exists() else {}
 
 
-def write_json(path: Path, data: dict):
-    write_whole(path, json.dumps(data, indent=1))
-
-
 def one_line(text: str, limit: int = 300) -> str:
     """Return text as one line without control characters, tabs or double quotes, cut at limit."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace('"', "'")
@@ -117,7 +110,7 @@ def one_line(text: str, limit: int = 300) -> str:
 
 # ---- 1  An experiment ---------------------------------------------------------------------------
 
-@dataclasses.dataclass(eq=False)     # two are equal only if they are one
+@dataclass(eq=False)    # two are equal only if they are one
 class Experiment:
     """One candidate and all that was done with it. runs/NNNN/experiment.json is exactly this."""
 
@@ -128,8 +121,8 @@ class Experiment:
     source: str = ""            # the candidate train.py, once there is one
     fingerprint: str = ""       # of the source, once it has passed the screen
     base: int = 0               # the incumbent that it is a change of
-    turns: list[str] = dataclasses.field(default_factory=list)  # reply, complaint, reply, ...
-    runs: list[dict] = dataclasses.field(default_factory=list)  # reports of prepare.py, with scores
+    turns: list[str] = field(default_factory=list)  # reply, complaint, reply, ...
+    runs: list[dict] = field(default_factory=list)  # reports of prepare.py, with scores
     tries: int = 0              # runs begun: the number of the next one's log and seed
     ended: int = 0              # runs that ended; if below tries, the driver died during one
     model: str = ""             # that was asked
@@ -150,7 +143,7 @@ class Experiment:
     @property
     def drift(self) -> str:     # a sentence if it trained at another speed when it was run anew
         decided = RUNS if self.number else BASELINE_RUNS
-        old, new = map(speed, (self.runs[:decided], self.runs[decided:][-1:]))
+        old, new = speed(self.runs[:decided]), speed(self.runs[decided:][-1:])
         change = new / old - 1 if old and new else 0
         words = f"the machine has changed: #{self.number} now trains on {change:+.0%} tokens/s"
         return words if abs(change) > 0.1 else ""
@@ -158,7 +151,7 @@ class Experiment:
     def save(self):
         if self.source:
             write_whole(self.folder / "train.py", self.source)
-        write_json(self.folder / "experiment.json", dataclasses.asdict(self))
+        write_whole(self.folder / "experiment.json", vars(self))
 
 
 def saved_experiments() -> Iterator[Experiment]:
@@ -247,31 +240,28 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
 # ---- 4  Screen: sloppy and score-gaming proposals end here, before they cost a run --------------
 
 # Malware does not end here. This half reads words; refuse_modules() in prepare.py follows names.
-
-IMPORTS = "|".join("""__future__ abc bisect cmath collections contextlib copy dataclasses enum
+MODULES = "|".join("""__future__ abc bisect cmath collections contextlib copy dataclasses enum
     functools gc heapq itertools json math numpy operator prepare random re statistics string time
     torch types typing warnings""".split())
 DUNDERS = """add|call|class|constants|doc|enter|exit|file|future|getitem|init|iter|len|main|name|
     new|next|post_init|repr|setitem|slots|str|version"""    # they lead no further than type(x) does
-REFUSED = {     # pattern of as_text(node): why. In strings too, for str.format() reads attributes
-    rf"^(import (.*, )?|from )(?!({IMPORTS})\b)|^from .*\*$": "not one of the modules on offer",
-    r"^Name (open|exec|eval|compile|globals|locals|vars|getattr|setattr|delattr)\b":
-        "no files, no text that runs as code, no attributes by computed names",
-    r"^Attribute (?!Constant)\w+ format(_map)?\b": "no computed formats: use an f-string",
-    r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b":
-        "the driver chooses the seed and the threads",
-    rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | [acgt]\w_frame
-        | f_(back | builtins | globals | locals))\b""": "no files, no way into the interpreter"}
+IMPORT = ast.Import, ast.ImportFrom
+REFUSED = [     # kind of node, pattern of its text, why. Strings too: str.format() reads attributes
+    (IMPORT, rf"^(import (.*, )?|from )(?!({MODULES})\b)|\*$", "not one of the modules on offer"),
+    (ast.Name, r"^(open|exec|eval|compile|globals|locals|vars|getattr|setattr|delattr)$",
+     "no files, no text that runs as code, no attributes by computed names"),
+    (ast.Attribute, r"""([^'"]|^f.*)\.format(_map)?$""", "no computed formats: use an f-string"),
+    (ast.AST, r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b",
+     "the driver chooses the seed and the threads"),
+    (ast.AST, rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | [acgt]\w_frame
+        | f_(back | builtins | globals | locals))\b""", "no files, no way into the interpreter")]
 
 
 def as_text(node: ast.AST) -> str:
-    """Return one node of the syntax tree in words: "Name open Load", "Attribute Name load Load"."""
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
+    """Return an import, attribute or pattern as it stands, of other nodes their own words."""
+    if isinstance(node, (*IMPORT, ast.Attribute, ast.pattern)):
         return ast.unparse(node)
-    parts = [type(node).__name__]
-    for _, field in ast.iter_fields(node):
-        parts += field if isinstance(field, list) else [field]
-    return " ".join(part if isinstance(part, str) else type(part).__name__ for part in parts)
+    return " ".join(word for word in vars(node).values() if isinstance(word, str))
 
 
 def screen(source: str) -> str:
@@ -282,17 +272,17 @@ def screen(source: str) -> str:
             if isinstance(body := getattr(node, "body", None), list):
                 node.body = [line for line in body if not isinstance(line, ast.Expr)
                              or not isinstance(line.value, ast.Constant)]
-        fingerprint = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+        code = ast.unparse(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Unusable(f"syntax error: {error}: {getattr(error, 'text', '')}".strip()) from None
     for node in ast.walk(tree):
-        for pattern, why in REFUSED.items():
-            if re.search(pattern, as_text(node)):
+        for kind, pattern, why in REFUSED:
+            if isinstance(node, kind) and re.search(pattern, as_text(node)):
                 line = source.splitlines()[node.lineno - 1].strip()
                 raise Unusable(f"not allowed in line {node.lineno}: {line}: {why}")
-    if not any(isinstance(node, ast.FunctionDef) and node.name == "train" for node in tree.body):
+    if not re.search(r"(?m)^def train\(", code):
         raise Unusable("train.py has to define train() -> torch.nn.Module at top level")
-    return fingerprint
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 # ---- 5  Run: one training in a process group of its own, under a cap ----------------------------
@@ -304,92 +294,83 @@ def run_environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONUNBUFFERED": "1"} | more
 
 
-def end_group(process: subprocess.Popen):
-    """End a process and all that it started: SIGTERM, some grace, SIGKILL."""
-    for sign, patience in (signal.SIGTERM, GRACE), (signal.SIGKILL, None):
-        # No such process: all of the group has ended. Its number is not reused while one lives.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-
-
-def events_of(process: subprocess.Popen, log: BinaryIO, key: bytes) -> Iterator[tuple[dict, bytes]]:
-    """Yield (an event, or {} in between; the last line printed), and log what else it prints."""
-    os.set_blocking(process.stdout.fileno(), False)
-    rest, last, ended = b"", b"", False
-    while not ended:
-        exited = process.poll() is not None     # asked first: then all it wrote is in the pipe
-        chunk = process.stdout.read(1 << 16) or b""
-        ended = exited and not chunk
-        *lines, rest = (rest + chunk).split(b"\n")
-        if ended or len(rest) > 1 << 16:        # a line whose end will not come, or too late
-            lines, rest = [*lines, rest], b""
-        for line in lines:
-            # Only what follows the key is believed; the candidate does not know the key.
-            printed, _, text = line.partition(key)
-            if printed.strip():
-                last = printed[:300]
-                log.write(printed + b"\n")
-            with contextlib.suppress(ValueError):   # no event, or one that a launcher damaged
-                yield json.loads(text), last
-        yield {}, last
-        if not chunk:
-            time.sleep(0.05)
-
-
-def run_command(command: list[str], log: Path, environment: dict[str, str], queued: bool,
-                stop: threading.Event, on_event: Callable[[dict, str], None]) -> dict:
-    """Run a command to its end; return its report, "reason" (of failure, or "") and "started".
-
-    The cap: an event with a "limit" begins a phase, and the next has to begin within so many
-    seconds. A `queued` job may wait for its first event as long as it takes.
-    """
-    key = os.urandom(16).hex()
-    deadline = math.inf if queued else time.monotonic() + START_LIMIT
-    phase, end, report = "", "", {}
-    with open(log, "wb") as file, subprocess.Popen(
-            [*command, "--key", key], env=environment, bufsize=0, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+@contextlib.contextmanager
+def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """Start a command; at the end of the block, end it and all that it has started."""
+    with subprocess.Popen(command, env=environment, bufsize=0, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          start_new_session=True) as process:
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(b"\n")      # hello: when this pipe closes, the run ends itself
-            for event, line in events_of(process, file, key.encode()):
-                last = one_line(line.decode("utf-8", "replace"), 80)
-                if "limit" in event:
-                    phase, deadline = event["event"], time.monotonic() + event["limit"]
-                if event.get("event") in ("report", "crash"):
-                    report = event
-                if event:
-                    on_event(event, last)
-                end = ("stopped" if stop.is_set() else
-                       f"flooded its log: {LOG_LIMIT} bytes" if file.tell() > LOG_LIMIT else
-                       "timeout" if time.monotonic() > deadline else "")
-                if end:
-                    break
+                process.stdin.write(b"\n")      # hello: when this pipe closes, a run ends itself
+            yield process
         finally:
-            end_group(process)
-    code, reason = process.returncode, report.get("reason", "")
-    if not reason and (code or not report):     # a report counts only after a normal end
-        how = f"signal {-code}{' (out of memory?)' * (code == -9)}" if code < 0 else f"code {code}"
-        where = f"in {phase}" if phase else "before it started"
-        reason = f"{end or 'ended without a report'}, {where}, by {how}: {last}"
-    return report | {"reason": one_line(reason), "started": bool(phase)}
+            for sign in signal.SIGTERM, signal.SIGKILL:
+                # OSError: all have ended. While one lives, the group's number is not reused.
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, sign)
+                    process.wait(GRACE)
 
 
-def log_end(path: Path, lines: int = 30) -> str:
-    """Return the end of a log as harmless text for a prompt."""
-    text = path.read_bytes()[-20_000:].decode("utf-8", "replace").replace("`", "'")
-    return "\n".join(one_line(line, 200) for line in text.splitlines()[-lines:])
+def lines_of(process: subprocess.Popen) -> Iterator[bytes]:
+    """Yield what a process prints, line by line, until it ends; b"" while it prints nothing."""
+    os.set_blocking(process.stdout.fileno(), False)
+    chunk, rest, exited = b"", b"", False
+    while chunk or not exited:      # a child of it that holds the pipe is not waited for
+        exited = process.poll() is not None     # asked first: then all it wrote is in the pipe
+        chunk = process.stdout.read(1 << 16) or b""
+        *lines, rest = re.split(b"[\r\n]", rest + chunk)
+        if len(rest) > 1 << 16:     # a line whose end may never come
+            lines, rest = [*lines, rest], b""
+        yield from lines or [b""]
+        if not chunk:
+            time.sleep(0.05)
+    yield rest
+
+
+def run_command(command: list[str], log: Path, environment: dict[str, str], patience: float,
+                stop: threading.Event, on_event: Callable[[dict, str], None]) -> dict:
+    """Run a command; return its report, or why there is none: "reason", "started" and "log".
+
+    The cap: an event with a "limit" begins a phase. The next has to begin within so many seconds,
+    the first within `patience`.
+    """
+    key, deadline = os.urandom(16).hex(), time.monotonic() + patience
+    event, where = {}, "before it started"
+    printed = collections.deque([""], maxlen=30)    # the last lines, harmless in a prompt
+    with open(log, "wb") as file, started([*command, "--key", key], environment) as process:
+        for line in lines_of(process):
+            end = ("timeout" if time.monotonic() > deadline else
+                   f"flooded its log: {LOG_LIMIT} bytes" if file.tell() > LOG_LIMIT else "")
+            if end or stop.is_set():
+                break
+            # The candidate does not know the key, so what follows it is prepare.py's.
+            words, _, told = line.partition(key.encode())
+            if words.strip():
+                file.write(words + b"\n")
+                printed.append(one_line(str(words, "utf-8", "replace"), 200).replace("`", "'"))
+            try:
+                event = json.loads(told)
+            except ValueError:      # no event, or one that a launcher damaged
+                continue
+            if "limit" in event:
+                where = f"in {event['event']}"
+                deadline = time.monotonic() + event["limit"]
+            on_event(event, printed[-1][:80])
+    code = process.returncode
+    if event.get("event") == "report" and code == 0:    # it counts only after a normal end
+        return event | {"reason": "", "started": True}
+    how = f"signal {-code}{' (out of memory?)' * (code == -9)}" if code < 0 else f"code {code}"
+    why = event.get("reason") or (
+        f"{end or 'ended without a report'}, {where}, by {how}: {printed[-1][:80]}")
+    return {"reason": one_line(why), "started": bool(event), "log": "\n".join(printed).strip()}
 
 
 # ---- 6  LLM: OpenAI-compatible chat completions and Anthropic messages, over raw HTTP -----------
 
-# whole: neither cut nor empty nor refused. input_tokens: of the whole prompt, cached or not.
 Answer = collections.namedtuple(
     "Answer", "text whole finish input_tokens cached_tokens output_tokens raw")
-# Looked up on 2026-11-25: the migration guide of Sonnet 5.5 at platform.claude.com, and a copy of
-# OpenAI's deprecations (May 2026), where gpt-5.5 replaces older chat models.
+# Looked up on 2026-11-25: Anthropic's migration guide of Sonnet 5.5, OpenAI's deprecations.
 DEFAULT = {"anthropic": "claude-sonnet-5-5", "openai": "gpt-5.5"}
 NO_CHAT = re.compile("embed|bge|rerank|whisper|tts|audio|speech|moderation|dall-e|image", re.I)
 # The words of a refusal of a long prompt. With max_tokens in them they are about the reply.
@@ -397,33 +378,33 @@ LONG = re.compile(r"context|^(?!.*max_\w*tokens).*(too (long|large)|input length
 
 
 class Away(Exception):
-    """The LLM gives no answer now: Away(why, seconds that it asks us to wait, is the prompt too
-    long for its context?)."""
+    """No answer now: Away(why, seconds that it asks us to wait, is the prompt too long?)."""
 
 
 def read_answer(data: dict) -> Answer:
-    """Read a response in either format. Whatever a server leaves out is empty or 0."""
+    """Read a response in either format. A whole one is neither cut nor empty nor refused."""
     if not any(map(data.get, ("choices", "content", "usage"))):
-        raise LookupError("an error, in spite of its HTTP code")
-    choice = (data["choices"] or [{}])[0] if "choices" in data else data
-    message = choice.get("message") or choice
-    parts = message.get("content") or ""        # of its parts, a thought has no "text"
-    text = parts if isinstance(parts, str) else "".join(part.get("text") or "" for part in parts)
-    thought = str(message.get("reasoning_content") or message.get("reasoning"))
+        raise ValueError("an error, in spite of its HTTP code")
+    choice = next(iter(data.get("choices") or []), {})
+    reply = data | choice | (choice.get("message") or {})       # flat, as Anthropic's is
+    text = reply.get("content") or ""
+    if not isinstance(text, str):       # but parts, of which a thought has no "text"
+        text = "".join(part.get("text") or "" for part in text)
+    thought = str(reply.get("reasoning_content") or reply.get("reasoning"))
     if not text.strip() and re.search(r"<<< ?SEARCH|```.*^def train\b", thought, re.S | re.M):
         text = thought          # some servers file a whole reply under reasoning
-    ends = message.get("refusal"), data.get("error"), choice.get("finish_reason")
-    finish = one_line(str(next(filter(None, ends), choice.get("stop_reason") or "")))
+    ends = map(reply.get, ("refusal", "error", "finish_reason", "stop_reason"))
+    finish = one_line(str(next(filter(None, ends), "")))
     whole = finish.lower() in ("", "stop", "end_turn", "stop_sequence", "eos", "eos_token")
     # The counts may be strings, floats or null. Of equal names the first counts.
     counts = re.findall(r'"(\w+_tokens)": "?(\d{1,12})', json.dumps(data.get("usage")))
     usage = collections.Counter({name: int(count) for name, count in reversed(counts)})
     cached = usage["cached_tokens"] or usage["cache_read_input_tokens"]
     # OpenAI's prompt_tokens include the cached ones, Anthropic's input_tokens do not.
-    asked = usage["prompt_tokens"] or (
-        usage["input_tokens"] + usage["cache_creation_input_tokens"] + cached)
+    fresh = usage["input_tokens"] + usage["cache_creation_input_tokens"]
     return Answer(text.encode("utf-8", "replace").decode(), whole and bool(text.strip()), finish,
-                  asked, cached, usage["completion_tokens"] or usage["output_tokens"], data)
+                  usage["prompt_tokens"] or fresh + cached, cached,
+                  usage["completion_tokens"] or usage["output_tokens"], data)
 
 
 class LLM:
@@ -431,13 +412,13 @@ class LLM:
 
     def __init__(self, base_url: str | None, model: str | None):
         env = os.environ.get
-        base = base_url or env("OPENAI_BASE_URL") or ""
-        self.claude = "anthropic" in base or not base and bool(
-            env("ANTHROPIC_API_KEY") or env("ANTHROPIC_BASE_URL"))
+        url = base_url or env("OPENAI_BASE_URL") or ""
+        theirs = env("ANTHROPIC_BASE_URL") or env("ANTHROPIC_API_KEY")
+        self.claude = "anthropic" in url if url else bool(theirs)
         owner = "anthropic" if self.claude else "openai"
-        base = base or env(f"{owner.upper()}_BASE_URL") or f"https://api.{owner}.com/v1"
-        self.url = re.sub("(/chat/completions|/messages)?/*$", "", base.strip(), count=1)
-        if self.claude and not re.search("/v[0-9]", self.url):
+        url = url or env(f"{owner.upper()}_BASE_URL") or f"https://api.{owner}.com/v1"
+        self.url = re.sub("(/chat/completions|/messages)?/*$", "", url.strip(), count=1)
+        if self.claude and not re.search("/v[0-9]$", self.url):
             self.url += "/v1"           # ANTHROPIC_BASE_URL is usually given without
         self.key = "".join(env(f"{owner.upper()}_API_KEY", "").split())
         self.model = model or (DEFAULT[owner] if f"//api.{owner}.com" in self.url else "")
@@ -447,7 +428,6 @@ class LLM:
         """Send a request, and return what parse() makes of its JSON. Raises Away or Stop."""
         local = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
         secret = {"x-api-key": self.key} if self.claude else {"Authorization": f"Bearer {self.key}"}
-        text, wait = None, 0
         try:
             answer = requests.request(
                 "POST" if body else "GET", self.url + path, json=body,
@@ -458,28 +438,29 @@ class LLM:
                 proxies=dict.fromkeys(("http", "https", "all")) if local else None)
             code, what = answer.status_code, f"HTTP {answer.status_code}"
             text = answer.content.decode("utf-8-sig", "replace")
-            if code // 100 == 2:
+            wait = re.match(r"\d{0,9}", answer.headers.get("Retry-After", ""))[0]   # "" for a date
+            if answer.is_redirect:
+                text = f"redirect to {answer.headers['Location']}"
+        except (OSError, ValueError) as error:      # a ValueError: a bad URL, key or proxy
+            code, what, wait = 404 if isinstance(error, ValueError) else 503, "no answer", ""
+            text = str(error).rpartition("Caused by ")[2]       # the reason stands last
+        if code // 100 == 2:
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
                 return parse(json.loads(text))
-            text = f"redirect to {answer.headers['Location']}" if answer.is_redirect else text
-            wait = max(0, float(answer.headers.get("Retry-After", 0)))      # 0 if it is a date
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            if text is None:        # no answer; by a ValueError: a bad URL, key or proxy
-                code, what = 400 if isinstance(error, ValueError) else 503, type(error).__name__
-                text = str(error).rpartition("Caused by ")[2]       # the reason stands last
-            elif re.search("^data:", text, re.M):
+            if re.search("^data:", text, re.M):
                 code, text = 502, f"a stream, which was not asked for: {text}"
         words = one_line(f"{what} from {self.url}{path}: {text}".replace(self.key or "\0", "KEY"))
         long = code == 413 or code in (200, 400, 422, 500) and LONG.search(one_line(text, 2000))
         passes = code < 300 or code >= 500 or code in (408, 409, 425, 429, 498)
         if long or passes or self.answered:
-            raise Away(words, wait, bool(long))
+            raise Away(words, int(wait or 0), bool(long))
         raise Stop(f"the LLM's server refuses: {words} -> check the API key, --model, --base-url")
 
     def choose_model(self) -> str:
         """Return the first chat model that the server offers."""
         def first(data: dict | list) -> str:
             items = data if isinstance(data, list) else data.get("data") or data.get("models") or []
-            names = [item if isinstance(item, str) else item.get("id") or item["name"]
+            names = [item if isinstance(item, str) else item.get("id") or item.get("name")
                      for item in items]
             chat = [name for name in names if not NO_CHAT.search(name)]
             if 0 < len(chat) <= 20:
@@ -489,28 +470,23 @@ class LLM:
         return self.http("/models", None, first)
 
     def ask(self, prompt: list[str], turns: list[str], room: int = 0) -> Answer:
-        """Send one request: a prompt, and the turns since (reply, complaint, ...).
-
-        The prompt is its system text, parts that grow at their end, and a part that changes.
-        """
+        """Send a prompt, its system text first, and the turns since (reply, complaint, ...)."""
         self.model = self.model or self.choose_model()
-        roles = itertools.cycle(("assistant", "user"))
-        later = [{"role": role, "content": text} for role, text in zip(roles, turns)]
+        texts = [prompt[0], "".join(prompt[1:]), *turns]
+        roles = ["system"] + ["user", "assistant"] * len(texts)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        body = {"model": self.model, "messages": messages}
         if self.claude:
-            blocks = [{"type": "text", "text": text} for text in prompt if text]
-            # It caches up to a mark. An hour, since the next call comes after the next run.
+            system, *parts = [{"type": "text", "text": text} for text in prompt if text]
+            # It caches up to a mark: all but the last part. An hour, as runs lie between calls.
             mark = {"type": "ephemeral", "ttl": "1h"}
-            blocks[0]["cache_control"] = blocks[-2]["cache_control"] = mark
-            body = {"max_tokens": 16_000, "system": blocks[:1],
-                    "messages": [{"role": "user", "content": blocks[1:]}, *later]}
-        else:
-            body = {"messages": [{"role": "system", "content": prompt[0]},
-                                 {"role": "user", "content": "".join(prompt[1:])}, *later]}
+            system["cache_control"] = parts[-2]["cache_control"] = mark
+            messages[:2] = [{"role": "user", "content": parts}]
+            body |= {"system": [system], "max_tokens": 16_000}
         if room > 0:    # OpenAI knows the new name alone, others the old
             official = "//api.openai.com" in self.url
             body["max_completion_tokens" if official else "max_tokens"] = room
-        answer = self.http("/messages" if self.claude else "/chat/completions",
-                           {"model": self.model} | body, read_answer)
+        answer = self.http("/messages" if self.claude else "/chat/completions", body, read_answer)
         self.answered = True
         # A token is 3 to 4 characters. With more than 5, the prompt was cut.
         cut = answer.input_tokens == 4096 or 1000 < answer.input_tokens < len(str(body)) / 5
@@ -998,7 +974,7 @@ class Lab:
         again = answer.finish in ("length", "max_tokens") and not exp.room
         with self.lock:             # saved at once, since it was paid for
             write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
-            write_json(exp.folder / f"response-{exp.calls}.json", answer.raw)
+            write_whole(exp.folder / f"response-{exp.calls}.json", answer.raw)
             exp.turns += [] if again else [answer.text.strip() or "(nothing)"]
             exp.model, exp.calls = llm.model, exp.calls + 1
             exp.room = MORE_ROOM if again else 0
@@ -1123,8 +1099,8 @@ class Lab:
             self.live[gpu] = f"#{exp.number} {exp.by} run {k + 1} {what}"
 
         try:
-            report = run_command(command, log, self.environment(gpu), bool(self.args.launch),
-                                 self.stop, on_event)
+            patience = math.inf if self.args.launch else START_LIMIT    # a queue may be long
+            report = run_command(command, log, self.environment(gpu), patience, self.stop, on_event)
             if not report["reason"]:
                 reports.append(report)
         finally:                # after a refusal as well, since only a death counts as one
@@ -1139,7 +1115,7 @@ class Lab:
             if self.false_starts == FALSE_STARTS:
                 raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {reason}")
         if reason:
-            raise Unusable(reason, log_end(log), started)
+            raise Unusable(reason, report["log"], started)
 
     def judged(self, exp: Experiment) -> bool:
         """Judge exp by its runs so far, and record it; False if it has to run, or run again."""
@@ -1190,7 +1166,7 @@ class Lab:
             if not self.conditions:
                 self.conditions = {name: event[name] for name in event.keys() - {"event", "limit"}}
                 self.conditions["folder"] = str(self.args.folder)
-                write_json(CONDITIONS, self.conditions)
+                write_whole(CONDITIONS, self.conditions)
         for name in COMPARED:
             new = event.get(name)
             if (old := self.conditions.get(name, new)) != new:      # older files lack some names
@@ -1263,7 +1239,7 @@ class Lab:
         # In turns, so that a machine that slows down slows both; without what a kill has left.
         todo = [(exp, runs) for i in range(n) for exp, runs in ((base, a), (best, b))
                 if i >= len(runs)]
-        self.measure_all(todo, lambda: write_json(CONFIRMED, state))
+        self.measure_all(todo, lambda: write_whole(CONFIRMED, state))
         state["n"] = min(len(a), len(b))
         for name, prefix in ("val_bpb", ""), ("test_bpb", "test_"):
             before, after = ([run[name] for run in runs] for runs in (a, b))
@@ -1272,7 +1248,7 @@ class Lab:
             error = standard_error(len(before), len(after), noise)
             state |= {f"{prefix}gain": gain, f"{prefix}error": error}
             say(f"{name}: gain {gain:.4f} ± {error:.4f} (standard error), {state['n']} fresh seeds")
-        write_json(CONFIRMED, state)
+        write_whole(CONFIRMED, state)
         write_whole(PLOT, progress_svg(self.rows, state))
 
     def in_threads(self, work: list[Callable[[], None]]):

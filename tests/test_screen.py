@@ -114,3 +114,8 @@ def test_torch_opens_no_module_of_another_package():
 def test_comments_and_docstrings_do_not_change_the_fingerprint():
     same = TINY.replace("# channels", "# words").replace("train():\n", "train():\n    'A text.'\n")
     assert ar.screen(same) == ar.screen(TINY) != ar.screen(TINY.replace("= 16", "= 17"))
+
+
+def test_a_program_too_deep_to_be_judged_is_refused_before_it_runs():
+    with pytest.raises(ar.Unusable, match="syntax error: maximum recursion depth"):
+        ar.screen(candidate(f"x = {'1 + ' * 700}1"))
