@@ -123,6 +123,7 @@ class Experiment:
     base: int = 0               # the incumbent that it is a change of
     turns: list[str] = field(default_factory=list)  # reply, complaint, reply, ...
     runs: list[dict] = field(default_factory=list)  # reports of prepare.py, with scores
+    fresh: dict[str, list] = field(default_factory=dict)    # of --confirm, by incumbent
     tries: int = 0              # runs begun: the number of the next one's log and seed
     ended: int = 0              # runs that ended; if below tries, the driver died during one
     model: str = ""             # that was asked
@@ -1067,9 +1068,9 @@ class Lab:
     def run(self, exp: Experiment, gpu: int):
         """Train exp once more. Raises Unusable if that gives no score."""
         with self.lock:
-            best, anew = self.incumbent, self.discards >= RECHECK
-            self.discards = 0 if anew else self.discards
-        if anew:    # a score from a lucky seed or a fast hour must not block the night
+            best = self.incumbent
+            due, self.discards = divmod(self.discards, RECHECK)
+        if due:     # a score from a lucky seed or a fast hour must not block the night
             say(f"#{best.number} runs once more: {RECHECK} discards in a row lost to it")
             try:
                 self.measure(best, gpu, best.runs)
@@ -1100,7 +1101,8 @@ class Lab:
 
         try:
             patience = math.inf if self.args.launch else START_LIMIT    # a queue may be long
-            report = run_command(command, log, self.environment(gpu), patience, self.stop, on_event)
+            report = run_command(command, log, run_environment(**self.args.own[gpu]), patience,
+                                 self.stop, on_event)
             if not report["reason"]:
                 reports.append(report)
         finally:                # after a refusal as well, since only a death counts as one
@@ -1110,10 +1112,9 @@ class Lab:
         reason, started = report["reason"], report["started"]
         if reason and self.stop.is_set():
             sys.exit()          # this thread alone
-        with self.lock:
-            self.false_starts = 0 if started else self.false_starts + 1
-            if self.false_starts == FALSE_STARTS:
-                raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {reason}")
+        self.false_starts = 0 if started else self.false_starts + 1
+        if self.false_starts >= FALSE_STARTS:
+            raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {reason}")
         if reason:
             raise Unusable(reason, report["log"], started)
 
@@ -1134,31 +1135,22 @@ class Lab:
             return verdict != "again"
 
     def record(self, exp: Experiment, status: str, reason: str):
-        """Make a verdict last. The row comes last: before it, a kill means judging again."""
-        with self.lock:
-            self.save_edit()
-            commit = ""
-            if status == "keep" and exp.number:
-                write_whole(TRAIN, exp.source)
-                commit = git_commit(exp.description, reason)
-            row = ledger_row(exp, status, reason, commit)
-            append_row(row)
-            self.rows.append(row)
-            self.left -= 1
-            self.discards = 0 if status == "keep" else self.discards + (status == "discard")
-            if status != "keep":        # it stands in its folder; a night has a thousand of them
-                exp.source, exp.turns = "", []
-            self.active = [other for other in self.active if other is not exp]
-            write_whole(PLOT, progress_svg(self.rows, read_json(CONFIRMED)))
-            say(verdict_line(row))
-
-    def environment(self, gpu: int) -> dict[str, str]:
-        """Return the environment of an accelerator's runs: its GPU, or its share of the cores."""
-        if self.args.launch or self.args.workers == 1:
-            return run_environment()
-        if names := self.args.devices:
-            return run_environment(CUDA_VISIBLE_DEVICES=names[gpu % len(names)])
-        return run_environment(OMP_NUM_THREADS=str(os.cpu_count() // self.args.workers or 1))
+        """Make a verdict last. Whoever calls it has the lock, or no other thread is at work."""
+        self.save_edit()
+        commit = ""
+        if status == "keep" and exp.number:
+            write_whole(TRAIN, exp.source)
+            commit = git_commit(exp.description, reason)
+        row = ledger_row(exp, status, reason, commit)
+        append_row(row)         # the last: before it, a kill means judging again
+        self.rows.append(row)
+        self.left -= 1
+        self.discards = 0 if status == "keep" else self.discards + (status == "discard")
+        if status != "keep":    # it stands in its folder; a night has a thousand of them
+            exp.source, exp.turns = "", []
+        self.active = [other for other in self.active if other is not exp]
+        write_whole(PLOT, progress_svg(self.rows, read_json(CONFIRMED)))
+        say(verdict_line(row))
 
     def check_conditions(self, event: dict):
         """Refuse a run whose score could not be compared with the baseline's."""
@@ -1195,35 +1187,14 @@ class Lab:
 
     def measure_baseline(self):
         """Make train.py as found the first incumbent, by BASELINE_RUNS runs."""
-        try:
-            source = read(TRAIN)
-            fingerprint = screen(source)
-        except (OSError, Unusable) as error:
-            raise Stop(f"{TRAIN} cannot be the baseline: {error}: git checkout {TRAIN}") from None
-        base = self.experiments.get(0)              # a kill may have left some of its runs
-        if not base or base.fingerprint != fingerprint:
-            base = Experiment(0, "baseline", "baseline", source=source, fingerprint=fingerprint)
+        source, base = read(TRAIN), self.experiments.get(0)
+        if not base or base.source != source:       # else a kill has left some of its runs
+            base = Experiment(0, "baseline", "baseline", source=source, fingerprint=screen(source))
         self.experiments[0] = base
         say(f"baseline    {TRAIN} as it is, {BASELINE_RUNS} runs")
-        self.measure_all([(base, base.runs)] * (BASELINE_RUNS - len(base.runs)), base.save)
+        todo = [(base, base.runs)] * (BASELINE_RUNS - len(base.runs))
+        self.in_threads(self.measure_next, todo, self.args.workers)
         self.record(base, "keep", "the baseline")
-
-    def measure_all(self, todo: list[tuple[Experiment, list]], save: Callable[[], None]):
-        """Run each of some experiments, in this order, and add its report to the list beside it."""
-        remaining = iter(todo)
-
-        def worker():
-            for exp, reports in remaining:      # each thread takes the next one
-                try:
-                    with self.accelerator(exp) as gpu:
-                        self.measure(exp, gpu, reports)
-                except Unusable as problem:
-                    raise Stop(f"#{exp.number} does not run: {problem.args[0]}; see {exp.folder}/"
-                               f"run-*.log and mend {TRAIN}") from None
-                with self.lock:
-                    save()
-
-        self.in_threads([worker] * self.args.workers)
 
     def confirm(self, n: int):
         """Run baseline and incumbent n times each, on seeds that decided nothing."""
@@ -1232,36 +1203,40 @@ class Lab:
         base, best = self.experiments[0], self.incumbent
         if not base.source:
             raise Stop(f"{base.folder} is missing, so the baseline cannot be run again")
-        state = read_json(CONFIRMED)
-        if state.get("incumbent") != best.number:
-            state = {"incumbent": best.number, "baseline_runs": [], "incumbent_runs": []}
-        a, b = state["baseline_runs"], state["incumbent_runs"]
+        fresh = {exp: exp.fresh.setdefault(str(best.number), []) for exp in (base, best)}
         # In turns, so that a machine that slows down slows both; without what a kill has left.
-        todo = [(exp, runs) for i in range(n) for exp, runs in ((base, a), (best, b))
-                if i >= len(runs)]
-        self.measure_all(todo, lambda: write_whole(CONFIRMED, state))
-        state["n"] = min(len(a), len(b))
+        todo = [(exp, runs) for i in range(n) for exp, runs in fresh.items() if i >= len(runs)]
+        self.in_threads(self.measure_next, todo, self.args.workers)
+        a, b = fresh.values()
+        n = min(len(a), len(b))         # more than asked for, if there were more
+        state = {"incumbent": best.number, "n": n, "baseline_runs": a, "incumbent_runs": b}
         for name, prefix in ("val_bpb", ""), ("test_bpb", "test_"):
             before, after = ([run[name] for run in runs] for runs in (a, b))
             noise = pooled_noise([before, after]) or noise_of(self.rows)    # one each shows none
             gain = fmean(before) - fmean(after)
             error = standard_error(len(before), len(after), noise)
             state |= {f"{prefix}gain": gain, f"{prefix}error": error}
-            say(f"{name}: gain {gain:.4f} ± {error:.4f} (standard error), {state['n']} fresh seeds")
+            say(f"{name}: gain {gain:.4f} ± {error:.4f} (standard error), {n} fresh seeds")
         write_whole(CONFIRMED, state)
         write_whole(PLOT, progress_svg(self.rows, state))
 
-    def in_threads(self, work: list[Callable[[], None]]):
-        """Do all of it at the same time and show how far it is; the first failure ends it."""
-        failures = []
+    def measure_next(self, todo: tuple[Experiment, list]):
+        exp, reports = todo
+        with self.accelerator(exp) as gpu:
+            self.measure(exp, gpu, reports)
 
-        def guarded(one: Callable[[], None]):
+    def in_threads(self, work: Callable, todo: list, n: int):
+        """Have n threads do the work and show how far they are; the first failure ends it."""
+        remaining, failures = iter(todo), []
+
+        def worker():
             try:
-                one()
+                for item in remaining:      # each thread takes the next one
+                    work(item)
             except Exception as error:      # sys.exit() is no failure
                 failures.append(error)
 
-        threads = [threading.Thread(target=guarded, args=[one], daemon=True) for one in work]
+        threads = [threading.Thread(target=worker, daemon=True) for _ in range(n)]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads) and not failures:
@@ -1276,21 +1251,21 @@ class Lab:
 
     def night(self):
         """Research until there is enough of it, something fails, or somebody stops it."""
+        workers = self.args.workers
         try:
             if self.args.confirm:
                 return self.confirm(self.args.confirm)
             if not self.rows:
                 self.measure_baseline()
             self.left = self.args.experiments or math.inf
-            n = self.args.workers
-            researchers = ["llm"] * 2 * n * bool(self.llm) + ["search"] * n
-            self.in_threads([lambda by=by: self.research(by) for by in researchers])
+            researchers = workers * (["llm", "llm", "search"] if self.llm else ["search"])
+            self.in_threads(self.research, researchers, len(researchers))
         finally:
             for sign in SIGNALS:
                 signal.signal(sign, signal.SIG_IGN)
             self.stop.set()
             self.lock.acquire()     # for good: nothing is written after the summary
-            self.lock.wait_for(lambda: len(self.free) == self.args.workers, GRACE + 5)
+            self.lock.wait_for(lambda: len(self.free) == workers, GRACE + 5)
             say(summary(self.rows, read_json(CONFIRMED), self.experiments.values()))
             if self.rows and self.incumbent.drift:
                 say(self.incumbent.drift)
@@ -1319,22 +1294,21 @@ def ledger_row(exp: Experiment, status: str, reason: str, commit: str) -> dict[s
 
 def git_commit(description: str, reason: str) -> str:
     """Commit train.py alone, on a branch autoresearch/... only. Returns the hash, or ""."""
-    def git(*args: str) -> str:
+    def git(*args: str | Path) -> str:
         # A person's hooks and signatures may ask questions, and nobody is there at night.
         quiet = "git", "-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false"
         return subprocess.run([*quiet, *args], capture_output=True, text=True, check=True,
                               timeout=60, stdin=subprocess.DEVNULL).stdout.strip()
     try:
-        if not git("rev-parse", "--abbrev-ref", "HEAD").startswith("autoresearch/"):
-            return ""
-        if git("status", "--porcelain", "--", str(TRAIN)):      # else a kill came after the commit
-            git("add", "--", str(TRAIN))
-            git("commit", "--only", "-m", f"{description}\n\n{reason}", "--", str(TRAIN))
-        return git("rev-parse", "--short=7", "HEAD")
+        if git("rev-parse", "--abbrev-ref", "HEAD").startswith("autoresearch/"):
+            if git("status", "--porcelain", TRAIN):     # else a kill came after the commit
+                git("add", TRAIN)
+                git("commit", "--only", "-m", f"{description}\n\n{reason}", TRAIN)
+            return git("rev-parse", "--short=7", "HEAD")
     except (subprocess.SubprocessError, OSError) as error:
         if "not a git repository" not in (words := getattr(error, "stderr", "") or str(error)):
             say(f"{TRAIN} was not committed, and the night goes on: {one_line(words)}")
-        return ""
+    return ""
 
 
 # ---- 10  Start ----------------------------------------------------------------------------------
@@ -1403,8 +1377,11 @@ def start(args: argparse.Namespace):
         args.folder = Path(lab.conditions.get("folder", "none"))
         if args.data or not (args.folder / "meta.json").exists():
             args.folder = Path(ask_prepare(*(["--data", args.data] if args.data else [])))
+        args.own = [{}] * args.workers      # what the runs of one have in their environment
         if args.workers > 1 and not args.launch:
-            args.devices = [name for name in ask_prepare("--devices").split(",") if name]
+            cores = str(os.cpu_count() // args.workers or 1)
+            gpus = ask_prepare("--devices").split(",") * args.workers       # [""] without CUDA
+            args.own = [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": cores} for gpu in gpus]
         who = "search; for an LLM set ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENAI_BASE_URL"
         if lab.llm:
             with contextlib.suppress(Away):     # then it is chosen as soon as the server is there
@@ -1436,11 +1413,12 @@ def main() -> int:
         return 128 + stopped.args[0]
     except Stop as stop:
         message = str(stop)
-    except Unusable as problem:     # of the incumbent, where runs/ is lost
-        message = f"{TRAIN}: {problem.args[0]}: mend it, or git checkout {TRAIN}"
+    except Unusable as problem:     # of the baseline or the incumbent, which nothing can replace
+        message = (f"baseline or incumbent: {problem.args[0]}: mend {TRAIN}, or git checkout "
+                   f"{TRAIN}; the newest log in {FOLDER}/ may say more")
     except OSError as error:
         message = (f"{error.strerror or error}: {error.filename or Path.cwd()}; what was logged is "
-                   f"safe: make room or give permission, and start again")
+                   f"safe: make room, give permission or put it there, and start again")
     print(f"autoresearch.py: {message}", file=sys.stderr)
     return 1
 

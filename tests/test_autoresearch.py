@@ -476,7 +476,7 @@ def test_a_gain_is_confirmed_on_fresh_seeds_and_a_kill_wastes_no_run(measured, l
     best = measured.folder / "runs/0001/train.py"
     best.write_text(best.read_text() + "# sleep 1\n")
     process = measured.start("--confirm", 2)
-    measured.wait_for((measured.folder / "runs/confirmed.json").exists, "a run")
+    measured.wait_for(lambda: experiment(measured, 0)["fresh"].get("1"), "a run")
     process.kill()
     process.communicate()
     assert "confirmed on 2 fresh seeds" in measured.drive("--confirm", 2)
