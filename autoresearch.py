@@ -40,7 +40,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TextIO
 
 import requests
 
@@ -712,22 +711,25 @@ def search(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[str, s
 
 # ---- 8  Show: the live line, the verdict, the summary, progress.svg -----------------------------
 
-def say(line: str):
-    """Print a line above the live one."""
-    sys.stdout.write("\r\033[K" * sys.stdout.isatty() + line + "\n")
-    sys.stdout.flush()
+VERDICT = "#{experiment:<4} {by:8} {val_bpb}  {status:7}  {description}  [{reason}]"
+# for the colour-blind too, on white and on black
+COLOURS = {"llm": "#1f87d6", "search": "#d55e00", "human": "#009e73"}
+WIDTH, HEIGHT = 540, 220    # of the plot; its corner is (0, 0)
+HEAD = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-80 -90 640 450"><style>'
+        "svg{font:17px sans-serif;fill:#1f2328;background:#fff}"     # 9.5 pixels on a phone
+        "@media(prefers-color-scheme:dark){svg{fill:#e6edf3;background:#0d1117}}</style>")
+TEXT = '<text x="{}" y="{}">{}</text>'
+
+
+def say(line: str, end: str = "\n"):
+    """Print a line in the place of the live one, at once: other threads print as well."""
+    print("\r\033[K" * sys.stdout.isatty() + line + end, end="", flush=True)
 
 
 def show(line: str):
     """Redraw the live line, in a terminal."""
     if sys.stdout.isatty():
-        sys.stdout.write(f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}")
-        sys.stdout.flush()
-
-
-def verdict_line(row: dict[str, str]) -> str:
-    return (f"#{row['experiment']:<4} {row['by']:8} {row['val_bpb']}  {row['status']:7}  "
-            f"{row['description']}  [{row['reason']}]")
+        say(line[:shutil.get_terminal_size().columns - 1], end="")
 
 
 def headline(kept: list[dict], noise: float, confirmed: dict) -> tuple[str, str]:
@@ -750,63 +752,53 @@ def summary(rows: list[dict], confirmed: dict, experiments: Iterable[Experiment]
         return "Nothing is measured yet: python autoresearch.py starts with the baseline."
     kept = [row for row in rows if row["status"] == "keep"]
     lines = [": ".join(headline(kept, noise_of(rows), confirmed))]
-    lines += [f"{verdict_line(row)} test_bpb {row['test_bpb']}" for row in kept]
-    status = [row["status"] for row in rows[1:]]    # the baseline is no change
+    lines += [f"{VERDICT.format(**row)} test_bpb {row['test_bpb']}" for row in kept]
+    status = collections.Counter(row["status"] for row in rows[1:])     # without the baseline
     train, total, sent, got = (sum(float(row[name] or 0) for row in rows) for name in (
         "train_seconds", "total_seconds", "input_tokens", "output_tokens"))
-    lines.append(f"{len(status)} experiments: {status.count('keep')} kept, "
-                 f"{status.count('discard')} discarded, {status.count('crash')} crashed; "
-                 f"{train / max(total, 1):.0%} of the time was training")
+    lines.append(f"{len(rows) - 1} experiments: {status['keep']} kept, "
+                 f"{status['discard']} discarded, {status['crash']} crashed; "
+                 f"{train / (total or 1):.0%} of the time was training")
     if asked := [exp for exp in experiments if exp.calls]:
-        calls, cached = (sum(getattr(exp, name) for exp in asked)
-                         for name in ("calls", "cached_tokens"))
-        wasted = calls - sum(bool(exp.runs) for exp in asked)
+        calls = sum(exp.calls for exp in asked)
+        cached = sum(exp.cached_tokens for exp in asked)
+        useful = sum(bool(exp.runs) for exp in asked)
         lines.append(f"LLM: {sent:.0f} tokens in ({cached} cached), {got:.0f} out, {calls} calls, "
-                     f"{wasted} led to nothing")
+                     f"{calls - useful} led to nothing")
     if lines[0].endswith("as selected"):
         lines.append("To measure the gain on fresh seeds: python autoresearch.py --confirm 5")
     return "\n".join(lines)
 
 
-# for the colour-blind too, on white and on black
-COLOURS = {"llm": "#1f87d6", "search": "#d55e00", "human": "#009e73"}
-WIDTH, HEIGHT = 540, 220    # of the plot; its corner is (0, 0)
-HEAD = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-80 -90 640 450"><style>'
-        "svg{font:17px sans-serif;fill:#1f2328;background:#fff}"     # 9.5 pixels on a phone
-        "@media(prefers-color-scheme:dark){svg{fill:#e6edf3;background:#0d1117}}</style>")
-
-
-def svg_text(x: int, y: int, words: str) -> str:
-    return f'<text x="{x}" y="{y}">{html.escape(one_line(words, 90))}</text>'
-
-
 def progress_svg(rows: list[dict], confirmed: dict) -> str:
     """Return the ledger as a picture: dots and the incumbent's staircase."""
     kept, noise = [i for i, row in enumerate(rows) if row["status"] == "keep"], noise_of(rows)
-    title, gain = headline([rows[i] for i in kept], noise, confirmed)
-    svg = [HEAD, svg_text(-65, -58, title), svg_text(-65, -30, gain),
-           svg_text(-65, HEIGHT + 35, "val_bpb, lower is better; × crashed, ▲ far above")]
-    val = [float(row["val_bpb"] or 0) for row in rows]
+    val = [float(row["val_bpb"] or 0) for row in rows]      # 0 for a crash
     steps = [val[i] for i in kept] or [1.0]
     # noise alone never fills the plot
     span = 1.5 * max(max(steps) - min(steps), 10 * noise, 0.01)
     high, scale = max(steps) + span / 6, HEIGHT / span
-    for at in range(0, HEIGHT + 1, HEIGHT // 4):
-        svg.append(svg_text(-65, at + 5, f"{high - at / scale:.3f}"))
     x = [WIDTH * i // max(len(rows), 1) for i in range(len(rows) + 1)]
-    # far off is at an edge; a crash has 0
+    # what is far off is at an edge
     y = [round(min(max((high - bpb) * scale, 0), HEIGHT)) for bpb in val]
+
+    title, gain = headline([rows[i] for i in kept], noise, confirmed)
+    svg = [HEAD, TEXT.format(-65, -58, title), TEXT.format(-65, -30, gain),
+           TEXT.format(-65, HEIGHT + 35, "val_bpb, lower is better; × crashed, ▲ far above")]
+    for at in range(0, HEIGHT + 1, HEIGHT // 4):
+        svg.append(TEXT.format(-65, at + 5, f"{high - at / scale:.3f}"))
     for i, end in itertools.pairwise([*kept, len(rows)]):
         # as thick as the score is uncertain
         band = max(2, 2 * noise * scale / math.sqrt(len(scores_of(rows[i]))))
         svg.append(f'<path d="M{x[i]} {y[i]}H{x[end]}" stroke="#8888" stroke-width="{band:.0f}"/>')
     for k, by in enumerate(dict.fromkeys(row["by"] for row in rows)):
         mine = [i for i, row in enumerate(rows) if row["by"] == by]
-        words = f"● {by}: {len(set(mine) & set(kept))} of {len(mine)} kept"
-        svg += [f'<g fill="{COLOURS.get(by, "gray")}">', svg_text(-65, HEIGHT + 60 + 22 * k, words)]
+        words = f"● {html.escape(one_line(by))}: {len({*mine} & {*kept})} of {len(mine)} kept"
+        svg.append(f'<g fill="{COLOURS.get(by, "gray")}">')
+        svg.append(TEXT.format(-65, HEIGHT + 60 + 22 * k, words))
         for i in mine:
             if rows[i]["status"] == "crash" or val[i] > high:
-                svg.append(svg_text(x[i] - 6, y[i] + 6, "▲" if val[i] else "×"))
+                svg.append(TEXT.format(x[i] - 6, y[i] + 6, "▲" if val[i] else "×"))
             else:
                 svg.append(f'<circle cx="{x[i]}" cy="{y[i]}" r="{7 if i in kept else 4}"/>')
         svg.append("</g>")
@@ -1150,7 +1142,7 @@ class Lab:
             exp.source, exp.turns = "", []
         self.active = [other for other in self.active if other is not exp]
         write_whole(PLOT, progress_svg(self.rows, read_json(CONFIRMED)))
-        say(verdict_line(row))
+        say(VERDICT.format(**row))
 
     def check_conditions(self, event: dict):
         """Refuse a run whose score could not be compared with the baseline's."""
@@ -1315,11 +1307,11 @@ def git_commit(description: str, reason: str) -> str:
 
 def ask_prepare(*flags: str) -> str:
     """Run prepare.py, which has torch and the data; show what it prints, return the last line."""
-    with subprocess.Popen([sys.executable, "prepare.py", *flags], stdout=subprocess.PIPE,
-                          text=True, env=run_environment()) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-    if process.returncode:      # else there was a line
+    process = subprocess.Popen([sys.executable, "prepare.py", *flags], stdout=subprocess.PIPE,
+                               text=True, env=run_environment())
+    for line in process.stdout:
+        say(line.rstrip())
+    if process.wait():      # else there was a line
         raise Stop("prepare.py did not get ready, see above")
     return line.strip()
 
@@ -1356,7 +1348,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def lock_folder(file: TextIO):
+def lock_folder(file: int):
     """Refuse a second driver in this folder."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1369,37 +1361,37 @@ def lock_folder(file: TextIO):
 def start(args: argparse.Namespace):
     """Take the folder's lock, go on where its ledger ends, and research."""
     FOLDER.mkdir(exist_ok=True)
-    with open(FOLDER / "lock", "w") as file:
-        lock_folder(file)
-        asking = args.researcher == "llm" and not args.confirm
-        lab = Lab(args, LLM(args.base_url, args.model) if asking else None)
-        lab.recover()
-        args.folder = Path(lab.conditions.get("folder", "none"))
-        if args.data or not (args.folder / "meta.json").exists():
-            args.folder = Path(ask_prepare(*(["--data", args.data] if args.data else [])))
-        args.own = [{}] * args.workers      # what the runs of one have in their environment
-        if args.workers > 1 and not args.launch:
-            cores = str(os.cpu_count() // args.workers or 1)
-            gpus = ask_prepare("--devices").split(",") * args.workers       # [""] without CUDA
-            args.own = [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": cores} for gpu in gpus]
-        who = "search; for an LLM set ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENAI_BASE_URL"
-        if lab.llm:
-            with contextlib.suppress(Away):     # then it is chosen as soon as the server is there
-                lab.llm.model = lab.llm.model or lab.llm.choose_model()
-            who = f"{lab.llm.model or 'an LLM'} at {lab.llm.url}"
-        say(f"researcher  {who}\ndata        {args.folder.name}")
-        say(f"results     {len(lab.rows)} rows in {LEDGER}, {PLOT}")
-        lab.night()
+    lock_folder(os.open(FOLDER / "lock", os.O_WRONLY | os.O_CREAT))     # open until we end
+    asking = args.researcher == "llm" and not args.confirm
+    lab = Lab(args, LLM(args.base_url, args.model) if asking else None)
+    lab.recover()
+    if args.budget and lab.conditions:      # only a run knows the other conditions
+        lab.check_conditions(lab.conditions | {"budget": args.budget})
+    args.folder = Path(lab.conditions.get("folder", "none"))
+    if args.data or not (args.folder / "meta.json").exists():
+        args.folder = Path(ask_prepare("--data", args.data or ""))
+    args.own = [{}] * args.workers          # what the runs of one have in their environment
+    if args.workers > 1 and not args.launch:
+        cores = str(os.cpu_count() // args.workers or 1)
+        gpus = ask_prepare("--devices").split(",") * args.workers       # [""] without CUDA
+        args.own = [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": cores} for gpu in gpus]
+    if asking:
+        with contextlib.suppress(Away):     # then it is chosen as soon as the server is there
+            lab.llm.model = lab.llm.model or lab.llm.choose_model()
+        say(f"researcher  {lab.llm.model or 'an LLM'} at {lab.llm.url}")
+    elif not args.confirm:
+        say("researcher  search; for an LLM set ANTHROPIC_API_KEY, OPENAI_API_KEY or --base-url")
+    say(f"data        {args.folder.name}\nresults     {len(lab.rows)} rows in {LEDGER}, {PLOT}")
+    say("to stop     Ctrl-C; the same command goes on where it was")
+    lab.night()
 
 
-def main() -> int:
-    def interrupt(number, frame):       # in the main thread, which waits while others write
-        raise KeyboardInterrupt(number)
-    for sign in SIGNALS:
+def main() -> int | str:
+    """Return 0, or what went wrong: sys.exit() prints that and ends with code 1."""
+    for sign in SIGNALS:        # they end the main thread, which waits while others write
         if signal.getsignal(sign) != signal.SIG_IGN:        # nohup wants to outlive its terminal
-            signal.signal(sign, interrupt)
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="replace")        # an LLM's words may not fit the terminal's code
+            signal.signal(sign, lambda number, frame: sys.exit(128 + number))
+    sys.stdout.reconfigure(errors="replace")    # an LLM's words may not fit the terminal's code
     try:
         args = parse_arguments()
         os.chdir(Path(__file__).resolve().parent)
@@ -1408,19 +1400,14 @@ def main() -> int:
         else:
             start(args)
         return 0
-    except KeyboardInterrupt as stopped:
-        print("stopped; the same command goes on where it was")
-        return 128 + stopped.args[0]
     except Stop as stop:
-        message = str(stop)
+        return f"autoresearch.py: {stop}"
     except Unusable as problem:     # of the baseline or the incumbent, which nothing can replace
-        message = (f"baseline or incumbent: {problem.args[0]}: mend {TRAIN}, or git checkout "
-                   f"{TRAIN}; the newest log in {FOLDER}/ may say more")
+        return (f"autoresearch.py: baseline or incumbent: {problem.args[0]}: mend {TRAIN}, or "
+                f"git checkout {TRAIN}; the newest log in {FOLDER}/ may say more")
     except OSError as error:
-        message = (f"{error.strerror or error}: {error.filename or Path.cwd()}; what was logged is "
-                   f"safe: make room, give permission or put it there, and start again")
-    print(f"autoresearch.py: {message}", file=sys.stderr)
-    return 1
+        return (f"autoresearch.py: {error.strerror or error}: {error.filename or Path.cwd()}; what "
+                f"was logged is safe: make room, give permission or put it there, and start again")
 
 
 if __name__ == "__main__":

@@ -391,6 +391,7 @@ def test_missing_files_and_forbidden_places_get_one_clear_line(measured, llm):
 def test_other_conditions_are_refused_by_name(measured):
     output = measured.drive("--budget", 0.4, code=1)
     assert "was measured with budget 60.0 and this start has 0.4" in output
+    assert not (measured.folder / "runs/0001").exists(), "before anything is proposed"
     output = measured.drive("--launch", "", code=1)
     assert "was measured with data scripted and this start has text0" in output
     assert len(consistent(measured)) == 1
@@ -479,7 +480,8 @@ def test_a_gain_is_confirmed_on_fresh_seeds_and_a_kill_wastes_no_run(measured, l
     measured.wait_for(lambda: experiment(measured, 0)["fresh"].get("1"), "a run")
     process.kill()
     process.communicate()
-    assert "confirmed on 2 fresh seeds" in measured.drive("--confirm", 2)
+    output = measured.drive("--confirm", 2)
+    assert "confirmed on 2 fresh seeds" in output and "researcher" not in output
     state = json.loads((measured.folder / "runs/confirmed.json").read_text())
     assert len(state["baseline_runs"]) == len(state["incumbent_runs"]) == state["n"] == 2
     assert state["gain"] == pytest.approx(0.1, abs=0.05) and state["error"] > 0
