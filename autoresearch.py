@@ -499,28 +499,22 @@ class LLM:
 
 # ---- 7  Propose: the prompt, the reply, and the search that needs no LLM ------------------------
 
-RULES = """You are a machine-learning researcher. You improve train.py, one experiment at a time. A
-driver trains your version for a fixed time on a fixed machine and keeps it if val_bpb falls: bits
-per byte of validation text, lower is better.
-
-The contract of train.py:
+RULES = """You do machine-learning research: each experiment is a new train.py. A driver trains it
+for a fixed time on a fixed machine and keeps it if val_bpb falls: bits per byte of validation text.
 - `import prepare` offers DEVICE, SEQ_LEN, VOCAB_SIZE and batches(batch_size, seq_len=SEQ_LEN).
 - `train()` returns a torch.nn.Module with model(tokens) -> logits, int64 (B, T) -> float
   (B, T, VOCAB_SIZE), for evaluation at T = SEQ_LEN. Logits at t may depend on tokens[:t+1] of
   their own row alone, and on nothing of earlier calls: probes check it.
-- `for x, y, progress in prepare.batches(...)` is the only training data and the only clock: it
-  starts at the first batch and the loop ends when the budget is spent; progress is in [0, 1).
-  An epoch has every window once, in an order that is spread over all of the text; another call
-  begins a new epoch on the same clock. What a run calls steps are the batches that it drew.
-  Before it, compiling and warming up are free, for twice the default budget at most. After it,
-  2% of the budget are left, for averaging weights, say. No work may be put off until evaluation,
-  which may take the evaluation_limit named below, in wall-clock seconds.
-- Imports: torch, numpy, math and harmless parts of the standard library. No files, processes,
-  threads, getattr, dunder names, seeds; a module's name stands only before a dot. No program that
-  equals an earlier one but for comments.
-
-How it is judged: a change that makes the code longer, in lines without comments, has to win by a
-margin, named under "Now", on two seeds. Anything else only has to be better on two seeds.
+- `for x, y, progress in prepare.batches(...)` is the only training data and clock: from the first
+  batch until the budget ends the loop; progress is in [0, 1). An epoch has every window once,
+  spread over all of the text; another call begins a new one, on the same clock. A step is a batch.
+- Before the loop, compiling and warming up are free, for twice the default budget at most. After
+  it, 2% of the budget are left, for averaging weights, say. No work may be put off until
+  evaluation, which may take the evaluation_limit named below, in wall-clock seconds.
+- Imports: torch, numpy, math, harmless standard-library modules. No files, processes, threads,
+  getattr, dunder names, seeds; a module's name only before a dot; no program twice, comments aside.
+- A change is kept if it is better on two seeds. One that makes the code longer, in lines without
+  comments, has to win by a margin on both, named under "Now".
 
 Reply in exactly this form, nothing else:
 
@@ -540,7 +534,6 @@ whose numbers may be others: have `NAME = number` lines in a SEARCH only to chan
 new names beside their use. For a rewrite, give the whole new file in one ```python fence.
 
 The person you work for says:
-
 """
 
 
@@ -562,92 +555,74 @@ def history(rows: list[dict], experiments: dict[int, Experiment], newest: int) -
                f"{row['description']} | {row['reason']}{speeds}\n{why}")
 
 
-THOUGHT = r"[\w:]*(?:think|thought|reason)\w*."     # of a tag
-BLOCK = re.compile(r"""
-    ^[ \d.)*`-]* <{5,9} .*\n        # "<<<<<<< SEARCH": 5 to 9 marks, any name; also "1. <<<<<<<"
-    ((?: (?!\ *[<=>]{5}) .*\n )*)   # lines to find
-    ^[ \d.)*`-]* ={5,9} \n          # "======="
-    ((?: (?!\ *[<=>]{5}) .*\n )*)   # lines to put in their place
-    ^[ \d.)*`-]* >{5,9}             # ">>>>>>> REPLACE" """, re.M | re.X)
-FENCE = re.compile(r"(?ms)^ *(```|~~~)[^\n]*\n(.*?)^ *\1 *$")
-SAID = re.compile(r"""
+THOUGHT = re.compile(r"""(?imsx)    # "<think> thoughts </think> reply", [THINK], harmony's channels
+    \A .* (?: [<\[◁] / [\w:]* (?:think|thought|reason) \w* . | assistant\S{,40}?final(?:<\S+?>)? )
+    | (?: ^[<\[◁] [\w:]* (?:think|thought|reason) | analysis<\|message\|> ) .* """)     # no end
+START = r"^[ \d.)*`-]*"                         # of a mark's line, in a list, in bold type
+LINES = r"\n((?:(?! *[<=>]{5}).*\n)*)"
+# "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE": 5 to 9 of each, any name
+BLOCK = re.compile(rf"(?m){START}<{{5,9}}.*{LINES}{START}={{5,9}}{LINES}{START}>{{5,9}}")
+FENCE = re.compile(r"(?ms)^ *(```+|~~~+)[^\n]*\n(?:train\.py\n)?(.*?)^ *\1$")
+UNCLEAR = re.compile(r"""(?imsx) ^[^\w\n]* (<{5}|>{5})    # a block lacks a mark; another proposal:
+    | \0.* ^[^\w\n]* (DESCRIPTION|or|option|alternative\w*)\b .*\0""")
+SAID = re.compile(r"""(?imx)
     ^[^a-z\n]* DESCRIPTION [*_` ]*      # "DESCRIPTION", "## Description", "1. **DESCRIPTION**"
     (?: [:：>=–—-] (?:[*_`]*\s)? | $)   # ": ", ":** ", " - ", or the end of a heading
-    \s* (?!DESCRIPTION) ([^\0\n]+)      # the text, there or below""", re.I | re.M | re.X)
-OTHER = r"(?ims)\0.*^\W*(DESCRIPTION|or|option|alternative\w*)\b.*\0"     # between two blocks
+    \s* (?!DESCRIPTION) \** ([^\0\n]+?) \** (?:</\w+>)? $   # the text, there or below""")
 # "...", "[...]  # as above", "# the rest of the file is unchanged", "pass  # same as before"
 ELIDED = re.compile(r"(?i)\W*(\.\.\.|…)\W*(#|$)|\s*(pass\s*)?#.*(\.\.\.|…|unchanged|omitted|"
                     r"existing code|rest of|same as|the same|as is|as above|as before)")
-CODE = re.compile(r"""(?m)("[^"\n]*"|'[^'\n]*'|^ +)|#.*|[ \t]+""")     # [1]: no comment, no blanks
-DEFINED = re.compile(r"(?m)^(?:def |class )?(\w+)(?= =|\(|:)")     # at the top level
+DEFINED = re.compile(r"(?m)^(?:def |class )?(\w+)(?= =|\(|:)")      # at top level
 
 
-def parse_reply(reply: str) -> tuple[str, list[tuple[str, str]], list[str]]:
-    """Return (prose, blocks, whole files); in the prose, "\\0" stands for a block."""
-    # "<think> thoughts </think> reply", [THINK] or harmony's channels; either tag may be missing
-    text = re.split(rf"(?i)[<\[◁]/{THOUGHT}|assistant\S*?final(?:<\S+?>)?", reply)[-1]
-    text = re.split(rf"(?im)^[<\[◁]{THOUGHT}|analysis<\|message\|>", text)[0]
-    text = re.sub("[\ufeff\u200b\r]|[ \t]+$", "", text.replace("\xa0", " "), flags=re.M)
-    text = re.sub(r"(?m)^[ \t]+", lambda blanks: blanks[0].expandtabs(4), text)
+def parse_reply(reply: str) -> tuple[str, str, list[tuple[str, str]], list[str]]:
+    """Return (description, why, blocks, whole files), with either blocks or one file."""
+    text = THOUGHT.sub("", reply).replace("\xa0", " ").expandtabs(4)
+    text = re.sub(r"(?m)[\ufeff\u200b]|[ \r]+$", "", text)
     text = html.unescape(text) if "&lt;&lt;&lt;" in text else text
-    prose = BLOCK.sub("\0", text)
-    if re.search(r"(?m)^\W*(<{5}|>{5})", prose):
-        raise Unusable("a block is one line <<<<<<< SEARCH, one =======, one >>>>>>> REPLACE")
-    files = [textwrap.dedent(f[2]).removeprefix("train.py\n") for f in FENCE.finditer(prose)]
-    files = [code for code in files if re.search(r"(?m)^def train\(", code)]    # no snippets
-    return prose, list(dict.fromkeys(BLOCK.findall(text))), list(dict.fromkeys(files))
+    prose, blocks = BLOCK.sub("\0", text), list(dict.fromkeys(BLOCK.findall(text)))
+    fences = {textwrap.dedent(fence[2]) for fence in FENCE.finditer(prose)}
+    files = [code for code in fences if re.search(r"(?m)^def train\(", code)]   # no snippets
+    if UNCLEAR.search(prose) or bool(blocks) + len(files) != 1:
+        raise Unusable(f"{len(blocks)} SEARCH blocks and {len(files)} fences with train(): give "
+                       "one proposal, as one whole file in a ```python fence or in blocks; a "
+                       "block is one line <<<<<<< SEARCH, one =======, one >>>>>>> REPLACE")
+    said = SAID.search(prose)       # perhaps in a comment of the file
+    why = one_line(re.split("\0|```", SAID.split(prose)[-1])[0], 500)
+    name = said[1] if said else re.split(r"(?<=[.!?])\s", why)[0] or "no description"
+    return one_line(name, 120), why, blocks, files
 
 
-def place(search: str, replace: str, source: str) -> tuple[int, int, str]:
-    """Return (first line, line after the last, new text) of the one place where search fits."""
-    lines = source.splitlines(keepends=True)
-    inner = [part.strip("\n") + "\n" for part in (search, replace)]
-    # as it stands; without blank lines around and shifted as a whole; without comments
-    for key, old, new in ((str, search, replace), (textwrap.dedent, *inner),
-                          (lambda code: CODE.sub(r"\1", code), *inner)):
-        size, both = old.count("\n"), textwrap.dedent(old + new)
-        found = [i for i in range(len(lines)) if key("".join(lines[i:i + size])) == key(old)]
+def replaced(search: str, replace: str, source: str) -> str:
+    """Return the source after one block, whose SEARCH has to fit at one place."""
+    search, replace = search.strip("\n"), replace.strip("\n")
+    lines, size = source.split("\n"), search.count("\n") + 1
+    places = ["\n".join(lines[i:i + size]) for i in range(len(lines))]
+    # as it stands; else shifted as a whole, without runs of blanks and comments at line ends
+    for form in str, lambda code: re.sub(r"(?<=\S) +(#.*)?", "", textwrap.dedent(code)):
+        found = [i for i, place in enumerate(places) if form(place) == form(search)]
         if found:
             break
-    if len(found) != 1 or not key(old).strip():
+    if len(found) != 1 or not search:
         near = difflib.get_close_matches(max(search.split("\n"), key=len), lines, 3, 0)
-        raise Unusable(f"SEARCH fits at lines {[i + 1 for i in found] or 'none'}, not at one:\n"
-                       f"{search}The lines most like its longest are:\n{''.join(near)}")
-    here, there = (re.search(r"(?m)^ *(?=\S)", text)[0]
-                   for text in ("".join(lines[found[0]:]), both))
-    if len(here) < len(there):
+        raise Unusable("\n".join([f"SEARCH fits at {len(found)} places, not at one (the other "
+                                  f"blocks may have changed it):", search, "Most like it:", *near]))
+    start, both = found[0], textwrap.dedent(f"{search}\n{replace}")
+    shift = re.match(" *", places[start]).end() - re.match(" *", both).end()
+    if shift < 0:
         raise Unusable(f"REPLACE is less indented than its SEARCH:\n{replace}")
-    new = textwrap.indent("".join(both.splitlines(True)[size:]), here[len(there):])
-    return found[0], found[0] + size, new
-
-
-def edited(blocks: list[tuple[str, str]], source: str) -> str:
-    """Return the source after all blocks, each found in the source as it was before."""
-    for search, _ in blocks:
-        if any(search.strip() in new for other, new in blocks if other != search):
-            raise Unusable(f"another block inserts what this SEARCH looks for:\n{search}")
-    lines, later = source.splitlines(keepends=True), len(source)
-    # from the last place to the first, so that line numbers stay right
-    for start, end, new in sorted((place(*block, source) for block in blocks), reverse=True):
-        if end > later:
-            raise Unusable(f"two blocks change line {later + 1}: make them one")
-        lines[start:end], later = [new], start
-    return "".join(lines)
-
-
-def idea(reply: str) -> str:
-    """Return why a reply's change should help, in its own words, or ""."""
-    after = SAID.split(parse_reply(reply)[0])[-1]
-    return one_line(re.split("\0|```", after)[0], 500)
+    lines[start:start + size] = textwrap.indent(both, " " * shift).splitlines()[size:]
+    return "\n".join(lines)
 
 
 def apply_reply(reply: str, source: str) -> tuple[str, str]:
     """Return (description, new source) of a reply. Raises Unusable; nothing is ever guessed."""
-    prose, blocks, files = parse_reply(reply)
-    if bool(blocks) + len(files) != 1 or re.search(OTHER, prose):
-        raise Unusable(f"{len(blocks)} SEARCH blocks and {len(files)} fences with train(): give "
-                       "one proposal, as blocks or as one whole file in a ```python fence")
-    new = edited(blocks, source) if blocks else files[0]
+    description, _, blocks, files = parse_reply(reply)
+    new = other = files[0] if files else source
+    for first, last in zip(blocks, reversed(blocks)):
+        new, other = replaced(*first, new), replaced(*last, other)
+    if new != other:
+        raise Unusable("the order of the blocks makes a difference: make them one")
     for line in filter(ELIDED.match, {*new.split("\n")} - {*source.split("\n")}):
         raise Unusable(f"this line stands for code that is left out, write all of it: {line}")
     for name in {*DEFINED.findall(source)} - {*DEFINED.findall(new)}:
@@ -658,55 +633,41 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
             raise Unusable("it changes nothing, or only comments")
     except (SyntaxError, ValueError) as error:
         raise Unusable(f"with this edit the file does not parse: {error}") from None
-    said = SAID.search(prose)       # perhaps in a comment of the file
-    name = said[1] if said else re.split(r"(?<=[.!?])\s", idea(reply))[0] or "no description"
-    return one_line(re.sub(r"</\w+>$", "", name).strip("* "), 120), new
-
-
-def find_knobs(source: str, cuda: bool) -> dict[str, tuple[float, ast.expr]]:
-    """Return {NAME: (number, where)} at top level. Of `A if CUDA else B` one side is in force."""
-    knobs = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
-            value = node.value
-            if isinstance(value, ast.IfExp) and ast.unparse(value.test) == "CUDA":
-                value = value.body if cuda else value.orelse
-            with contextlib.suppress(ValueError, TypeError, SyntaxError):   # no number: no knob
-                base, _, power = ast.unparse(value).partition(" ** ")
-                number = ast.literal_eval(base) ** ast.literal_eval(power or "1")
-                if number > 0 and base != "True" and value.lineno == value.end_lineno:
-                    knobs[node.targets[0].id] = number, value
-    return knobs
+    return description, new
 
 
 def moved(value: float, change: float) -> float:
     """Return a knob's value after a step of `change` in log space."""
-    change = max(-1.5, min(1.5, change))
+    factor = math.exp(max(-1.5, min(1.5, change)))
     if isinstance(value, int):
-        if value & (value - 1) == 0 and value > 2:      # powers of two stay powers of two
+        if value > 2 and value.bit_count() == 1:    # powers of two stay powers of two
             return value * 2 if change > 0 else value // 2
-        step = max(1, round(abs(value * math.expm1(change))))
-        return value + step if change > 0 else max(1, value - step)
+        return math.ceil(value * factor) if change > 0 else max(1, math.floor(value * factor))
     if 0.5 <= value < 1:        # a momentum, say: what counts is its distance to 1
-        return float(f"{max(value / 2, 1 - (1 - value) * math.exp(-change)):.4g}")
-    return float(f"{value * math.exp(change):.3g}")
+        return float(f"{max(value / 2, 1 - (1 - value) / factor):.4g}")
+    return float(f"{value * factor:.3g}")
 
 
 def search(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[str, str]]:
     """Yield (description, changed source) again and again: one to three knobs, moved."""
-    knobs = find_knobs(source, cuda)
+    knobs = []      # (start, end, name, value); of `A if CUDA else B` the side in force
+    for line in re.finditer(r"(?m)^([A-Z]\w*) = (?:(.+) if CUDA else )?([^#\n]*[^#\s])", source):
+        side = 2 if cuda and line[2] else 3
+        if re.fullmatch(r"(?=.*[1-9])[\d.][\d_.]*(e-?\d+)?( \*\* \d+)?", line[side]):
+            base, _, power = line[side].partition(" ** ")
+            value = ast.literal_eval(base) ** int(power or 1)
+            knobs.append((*line.span(side), line[1], value))
     for attempt in range(200 if knobs else 0):
-        lines, moves = source.split("\n"), []
+        changed, moves = source, []
         how_many = rng.choice((1, 1, 1, 2, 2, 3))       # mostly one, so that a result teaches
-        for name in rng.sample(sorted(knobs), min(len(knobs), how_many)):
-            old, at = knobs[name]
+        picked = rng.sample(knobs, min(len(knobs), how_many))
+        for start, end, name, old in sorted(picked, reverse=True):  # so that positions stay right
             # Steps widen with the attempts: what is near has been seen.
             new = moved(old, rng.choice((-1, 1)) * rng.uniform(0.2, 0.8) * 1.03 ** attempt)
             if new != old:
-                line = lines[at.lineno - 1]
-                lines[at.lineno - 1] = f"{line[:at.col_offset]}{new!r}{line[at.end_col_offset:]}"
+                changed = f"{changed[:start]}{new!r}{changed[end:]}"
                 moves.append(f"{name} {old!r} -> {new!r}")
-        yield ", ".join(moves), "\n".join(lines)
+        yield ", ".join(moves), changed
 
 
 # ---- 8  Show: the live line, the verdict, the summary, progress.svg -----------------------------
@@ -1040,7 +1001,7 @@ class Lab:
                 candidates = search(rng, best.source, cuda)
             if exp.by == "llm":
                 candidates = [apply_reply(exp.turns[-1], best.source)]
-                exp.idea = idea(exp.turns[-1])
+                exp.idea = parse_reply(exp.turns[-1])[1]
                 if exp.source == candidates[0][1]:      # the same from another incumbent
                     raise Unusable("a whole file, but the incumbent has changed since you wrote it")
             others = {other.fingerprint: other.number for other in self.experiments.values()

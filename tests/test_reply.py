@@ -36,6 +36,8 @@ LR = 0.03               # of each weight
 HEAD = "DESCRIPTION: faster, louder\n\nIt was slow.\n\n"
 EDITED = SOURCE.replace("0.02", "0.03").replace("return x\n", "return x * 2\n")
 CLEAN = HEAD + BLOCKS
+LR_LINE = "LR = 0.02               # of each weight"
+INSERTS = f"<<<<<<< SEARCH\n{LR_LINE}\n=======\nA = 1\n{LR_LINE}\n>>>>>>> REPLACE\n"
 FILE = f"{HEAD}```python\n{EDITED}```\n"
 
 
@@ -62,9 +64,10 @@ def test_an_edit_is_found_in_whatever_it_is_wrapped(reply):
     (CLEAN.replace("return x * 2", "..."), "left out"),
     (HEAD + "```\ndef train():\n    return Model()\n```", "Model.. is called"),
     (f"{HEAD}```\n{SOURCE}```", "changes nothing"), (CLEAN.replace("LR = 0.03", "LR = ("), "parse"),
-    (CLEAN.replace("LR = 0.02", "LR = 0.05"), "none(.|\n)*LR = 0.02"),
-    (CLEAN + BLOCKS.replace("0.03", "0.04"), "two blocks"),
-    (CLEAN.replace("return x * 2", "LR = 0.02               # of each weight"), "inserts"),
+    (CLEAN.replace("LR = 0.02", "LR = 0.05"), "at 0 places(.|\n)*LR = 0.02"),
+    (CLEAN + BLOCKS.replace("0.03", "0.04"), "other blocks"),
+    (CLEAN.replace("return x * 2", f"pass\n{LR_LINE}"), "at 2 places"),
+    (HEAD + INSERTS + INSERTS.replace("A =", "B ="), "order"),
     (CLEAN.replace("E\n\n<", "E\n\nAlternatively:\n\n<"), "one proposal")])
 def test_an_unclear_reply_is_sent_back(reply, reason):
     with pytest.raises(ar.Unusable, match=reason):
@@ -73,4 +76,5 @@ def test_an_unclear_reply_is_sent_back(reply, reason):
 
 def test_without_a_description_the_first_sentence_names_it_and_the_idea_is_kept():
     assert ar.apply_reply("It was slow. Really.\n\n" + BLOCKS, SOURCE)[0] == "It was slow."
-    assert ar.idea(CLEAN) == ar.idea(FILE) == "It was slow." and ar.idea(BLOCKS) == ""
+    ideas = [ar.parse_reply(reply)[1] for reply in (CLEAN, FILE, BLOCKS)]
+    assert ideas == ["It was slow.", "It was slow.", ""]
