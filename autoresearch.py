@@ -51,9 +51,9 @@ except ImportError:
 WIN = 1.0               # standard errors by which longer code has to win, after each of its runs
 RUNS = 2                # runs that a candidate has to win; RUNS = 1, WIN = 0 is the greedy rule
 BASELINE_RUNS = 3       # runs of the baseline, for the first estimate of the noise
-NOISE_FILES = 6         # newest files with several runs; what is trained changes, and its noise
+NOISE_FILES = 6         # newest files with several runs, for the noise: other code has another
 RECHECK = 8             # discards in a row after which the incumbent runs once more
-IDLE_SHARE = 0.2        # of the budget: an accelerator idle for that long is given to the search
+IDLE_SHARE = 0.2        # of the budget: an accelerator idle for that long is lent to the search
 RETURNS = 2             # times that a proposal goes back to the LLM with what was wrong
 LONGEST_PAUSE = 300     # seconds between two requests while the LLM is away, or answers in vain
 MORE_ROOM = 64_000      # output tokens of the second try, after thinking used up the first
@@ -62,8 +62,8 @@ LOG_LIMIT = 10_000_000  # bytes of output after which a run is ended; a usual on
 START_LIMIT = 300       # seconds until a run on this machine says that it has started
 GRACE = 3               # seconds from SIGTERM to SIGKILL
 FALSE_STARTS = 5        # runs in a row that do not start, after which the machine is to blame
-HISTORY = 100           # newest experiments in a prompt; of older ones only what was kept
-IDEAS = 20              # newest experiments whose reasons are in the prompt as well
+HISTORY = 100           # at least so many in a prompt; of older ones only what was kept
+IDEAS = 20              # at least so many with their reasons
 
 COLUMNS = ("commit val_bpb memory_gb status description experiment by runs test_bpb reason "
            "train_seconds total_seconds input_tokens output_tokens finished").split()
@@ -79,7 +79,7 @@ class Stop(Exception):
 
 
 class Unusable(Exception):
-    """What is wrong with a proposal, or why a run has no score: Unusable(why, log, its_fault)."""
+    """No score: Unusable(why, the end of its log, is it the candidate's fault?)."""
 
 
 def write_whole(path: Path, content: str | dict):
@@ -109,7 +109,7 @@ def one_line(text: str, limit: int = 300) -> str:
 
 # ---- 1  An experiment ---------------------------------------------------------------------------
 
-@dataclass(eq=False)    # two are equal only if they are one
+@dataclass(eq=False)    # compared and hashed by identity
 class Experiment:
     """One candidate and all that was done with it. runs/NNNN/experiment.json is exactly this."""
 
@@ -122,11 +122,11 @@ class Experiment:
     base: int = 0               # the incumbent that it is a change of
     turns: list[str] = field(default_factory=list)  # reply, complaint, reply, ...
     runs: list[dict] = field(default_factory=list)  # reports of prepare.py, with scores
-    fresh: dict[str, list] = field(default_factory=dict)    # of --confirm, by incumbent
+    fresh: dict[str, list] = field(default_factory=dict)    # of --confirm: incumbent -> reports
     tries: int = 0              # runs begun: the number of the next one's log and seed
     ended: int = 0              # runs that ended; if below tries, the driver died during one
     model: str = ""             # that was asked
-    room: int = 0               # output tokens to ask for, above 0; below: that has been tried
+    room: int = 0               # output tokens to ask for; 0: no limit; below 0: tried in vain
     calls: int = 0              # answers of the LLM, also those that were cut or empty
     input_tokens: int = 0
     cached_tokens: int = 0      # of the input tokens
@@ -137,13 +137,13 @@ class Experiment:
         return FOLDER / f"{self.number:04d}"
 
     @property
-    def scores(self) -> list[float]:    # of the last 3: the machine may have changed since others
-        return [run["val_bpb"] for run in self.runs[-BASELINE_RUNS:]]
+    def scores(self) -> list[float]:    # the newest: the machine may have changed since others
+        return [run["val_bpb"] for run in self.runs[-max(RUNS, BASELINE_RUNS):]]
 
     @property
     def drift(self) -> str:     # a sentence if it trained at another speed when it was run anew
-        decided = RUNS if self.number else BASELINE_RUNS
-        old, new = speed(self.runs[:decided]), speed(self.runs[decided:][-1:])
+        first = RUNS if self.number else BASELINE_RUNS
+        old, new = speed(self.runs[:first]), speed(self.runs[first:][-1:])
         change = new / old - 1 if old and new else 0
         words = f"the machine has changed: #{self.number} now trains on {change:+.0%} tokens/s"
         return words if abs(change) > 0.1 else ""
@@ -176,7 +176,7 @@ def scores_of(row: dict[str, str]) -> list[float]:
 def read_ledger(repair: bool) -> list[dict[str, str]]:
     """Return the rows. A last line without its end is not one: `repair` cuts it off the file."""
     *lines, torn = read(LEDGER).split("\n") if LEDGER.exists() else [""]
-    if torn and repair:     # what it was about is judged again, from its experiment.json
+    if torn and repair:     # its experiment has no row now, and is judged again
         write_whole(LEDGER, "\n".join([*lines, ""]))
         say(f"{LEDGER}: cut off a partly written last line")
     rows = [dict(zip(COLUMNS, line.split("\t"))) for line in lines[1:]]
@@ -239,12 +239,13 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
 
 # ---- 4  Screen: sloppy and score-gaming proposals end here, before they cost a run --------------
 
-# Malware does not end here. This half reads words; refuse_modules() in prepare.py follows names.
+# Malware does not end here. First this reads the text; before a run refuse_modules() in prepare.py
+# follows what names lead to.
 MODULES = "|".join("""__future__ abc bisect cmath collections contextlib copy dataclasses enum
     functools gc heapq itertools json math numpy operator prepare random re statistics string time
     torch types typing warnings""".split())
 DUNDERS = """add|call|class|constants|doc|enter|exit|file|future|getitem|init|iter|len|main|name|
-    new|next|post_init|repr|setitem|slots|str|version"""    # they lead no further than type(x) does
+    new|next|post_init|repr|setitem|slots|str|version"""    # they give what type(x) gives
 IMPORT = ast.Import, ast.ImportFrom
 REFUSED = [     # kind of node, pattern of its text, why. Strings too: str.format() reads attributes
     (IMPORT, rf"^(import (.*, )?|from )(?!({MODULES})\b)|\*$", "not one of the modules on offer"),
@@ -305,10 +306,10 @@ def started(command: list[str], environment: dict[str, str]) -> Iterator[subproc
                 process.stdin.write(b"\n")      # hello: when this pipe closes, a run ends itself
             yield process
         finally:
-            for sign in signal.SIGTERM, signal.SIGKILL:
-                # OSError: all have ended. While one lives, the group's number is not reused.
+            for number in signal.SIGTERM, signal.SIGKILL:
+                # OSError: all have ended. While one lives, the group's id is not reused.
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, sign)
+                    os.killpg(process.pid, number)
                     process.wait(GRACE)
 
 
@@ -332,17 +333,17 @@ def run_command(command: list[str], log: Path, environment: dict[str, str], pati
                 stop: threading.Event, on_event: Callable[[dict, str], None]) -> dict:
     """Run a command; return its report, or why there is none: "reason", "started" and "log".
 
-    The cap: an event with a "limit" begins a phase. The next has to begin within so many seconds,
-    the first within `patience`.
+    An event is a line "KEY {json}" of prepare.py. One with a "limit" begins a phase: the next has
+    to begin within so many seconds, the first within `patience`.
     """
     key, deadline = os.urandom(16).hex(), time.monotonic() + patience
     event, where = {}, "before it started"
     printed = collections.deque([""], maxlen=30)    # the last lines, harmless in a prompt
     with open(log, "wb") as file, started([*command, "--key", key], environment) as process:
         for line in lines_of(process):
-            end = ("timeout" if time.monotonic() > deadline else
-                   f"flooded its log: {LOG_LIMIT} bytes" if file.tell() > LOG_LIMIT else "")
-            if end or stop.is_set():
+            cause = ("timeout" if time.monotonic() > deadline else
+                     f"flooded its log: {LOG_LIMIT} bytes" if file.tell() > LOG_LIMIT else "")
+            if cause or stop.is_set():
                 break
             # The candidate does not know the key, so what follows it is prepare.py's.
             words, _, told = line.partition(key.encode())
@@ -362,7 +363,7 @@ def run_command(command: list[str], log: Path, environment: dict[str, str], pati
         return event | {"reason": "", "started": True}
     how = f"signal {-code}{' (out of memory?)' * (code == -9)}" if code < 0 else f"code {code}"
     why = event.get("reason") or (
-        f"{end or 'ended without a report'}, {where}, by {how}: {printed[-1][:80]}")
+        f"{cause or 'ended without a report'}, {where}, by {how}: {printed[-1][:80]}")
     return {"reason": one_line(why), "started": bool(event), "log": "\n".join(printed).strip()}
 
 
@@ -386,15 +387,15 @@ def read_answer(data: dict) -> Answer:
     if not any(map(data.get, ("choices", "content", "usage"))):
         raise ValueError("an error, in spite of its HTTP code")
     choice = next(iter(data.get("choices") or []), {})
-    reply = data | choice | (choice.get("message") or {})       # flat, as Anthropic's is
+    reply = data | choice | (choice.get("message") or {})       # one flat dict, as Anthropic's is
     text = reply.get("content") or ""
     if not isinstance(text, str):       # but parts, of which a thought has no "text"
         text = "".join(part.get("text") or "" for part in text)
     thought = str(reply.get("reasoning_content") or reply.get("reasoning"))
     if not text.strip() and re.search(r"<<< ?SEARCH|```.*^def train\b", thought, re.S | re.M):
         text = thought          # some servers file a whole reply under reasoning
-    ends = map(reply.get, ("refusal", "error", "finish_reason", "stop_reason"))
-    finish = one_line(str(next(filter(None, ends), "")))
+    finishes = map(reply.get, ("refusal", "error", "finish_reason", "stop_reason"))
+    finish = one_line(str(next(filter(None, finishes), "")))
     whole = finish.lower() in ("", "stop", "end_turn", "stop_sequence", "eos", "eos_token")
     # The counts may be strings, floats or null. Of equal names the first counts.
     counts = re.findall(r'"(\w+_tokens)": "?(\d{1,12})', json.dumps(data.get("usage")))
@@ -421,7 +422,8 @@ class LLM:
         if self.claude and not re.search("/v[0-9]$", self.url):
             self.url += "/v1"           # ANTHROPIC_BASE_URL is usually given without
         self.key = "".join(env(f"{owner.upper()}_API_KEY", "").split())
-        self.model = model or (DEFAULT[owner] if f"//api.{owner}.com" in self.url else "")
+        self.official = f"//api.{owner}.com" in self.url
+        self.model = model or (DEFAULT[owner] if self.official else "")
         self.answered = self.warned = False
 
     def http(self, path: str, body: dict | None, parse: Callable) -> object:
@@ -451,8 +453,8 @@ class LLM:
                 code, text = 502, f"a stream, which was not asked for: {text}"
         words = one_line(f"{what} from {self.url}{path}: {text}".replace(self.key or "\0", "KEY"))
         long = code == 413 or code in (200, 400, 422, 500) and LONG.search(one_line(text, 2000))
-        passes = code < 300 or code >= 500 or code in (408, 409, 425, 429, 498)
-        if long or passes or self.answered:
+        temporary = code < 300 or code >= 500 or code in (408, 409, 425, 429, 498)
+        if long or temporary or self.answered:      # after a good answer nothing is fatal
             raise Away(words, int(wait or 0), bool(long))
         raise Stop(f"the LLM's server refuses: {words} -> check the API key, --model, --base-url")
 
@@ -484,11 +486,11 @@ class LLM:
             messages[:2] = [{"role": "user", "content": parts}]
             body |= {"system": [system], "max_tokens": 16_000}
         if room > 0:    # OpenAI knows the new name alone, others the old
-            official = "//api.openai.com" in self.url
-            body["max_completion_tokens" if official else "max_tokens"] = room
+            new_name = self.official and not self.claude
+            body["max_completion_tokens" if new_name else "max_tokens"] = room
         answer = self.http("/messages" if self.claude else "/chat/completions", body, read_answer)
         self.answered = True
-        # A token is 3 to 4 characters. With more than 5, the prompt was cut.
+        # A token is 3 to 4 characters. With more than 5, or Ollama's 4096, the prompt was cut.
         cut = answer.input_tokens == 4096 or 1000 < answer.input_tokens < len(str(body)) / 5
         if cut and not self.warned:
             self.warned = True
@@ -539,22 +541,23 @@ The person you work for says:
 
 def history(rows: list[dict], experiments: dict[int, Experiment], newest: int) -> Iterator[str]:
     """Yield one text for each experiment, oldest first. test_bpb never is in it."""
-    # Old discards and older ideas leave it in steps. Between two steps it only gets longer, so
-    # that a provider's cache of the prompt's beginning holds.
+    # Old discards and ideas leave it many at a time. In between it only gets longer, so that a
+    # provider's cache of the prompt's beginning holds.
     step = max(1, newest // 2)
     first = max(0, (len(rows) - newest) // step * step)
     with_idea = (len(rows) // IDEAS - 1) * IDEAS
     kept = [i for i, row in enumerate(rows) if row["status"] == "keep"]
     for i in sorted({*kept[-newest:], *range(first, len(rows))}):
         row, exp = rows[i], experiments[int(rows[i]["experiment"])]
-        did = exp.runs[:1]      # a later run would change the text
-        speeds = (f"; {did[0]['num_steps']} steps, {speed(did):.0f} tokens/s"
-                  if did and "num_steps" in did[0] else "")
+        run = (exp.runs or [{}])[0]     # a later one would change the text
+        speeds = (f"; {run['num_steps']} steps, {speed([run]):.0f} tokens/s"
+                  if "num_steps" in run else "")
         why = f"    why: {exp.idea}\n" if i >= with_idea and exp.idea else ""
         yield (f"#{exp.number} {row['status']} {float(row['val_bpb']):.4f} ({row['by']}): "
                f"{row['description']} | {row['reason']}{speeds}\n{why}")
 
 
+# So many patterns, since LLMs bend the form in so many ways. "\0" stands in the place of a block.
 THOUGHT = re.compile(r"""(?imsx)    # "<think> thoughts </think> reply", [THINK], harmony's channels
     \A .* (?: [<\[◁] / [\w:]* (?:think|thought|reason) \w* . | assistant\S{,40}?final(?:<\S+?>)? )
     | (?: ^[<\[◁] [\w:]* (?:think|thought|reason) | analysis<\|message\|> ) .* """)     # no end
@@ -570,9 +573,10 @@ SAID = re.compile(r"""(?imx)
     (?: [:：>=–—-] (?:[*_`]*\s)? | $)   # ": ", ":** ", " - ", or the end of a heading
     \s* (?!DESCRIPTION) \** ([^\0\n]+?) \** (?:</\w+>)? $   # the text, there or below""")
 # "...", "[...]  # as above", "# the rest of the file is unchanged", "pass  # same as before"
-ELIDED = re.compile(r"(?i)\W*(\.\.\.|…)\W*(#|$)|\s*(pass\s*)?#.*(\.\.\.|…|unchanged|omitted|"
-                    r"existing code|rest of|same as|the same|as is|as above|as before)")
-DEFINED = re.compile(r"(?m)^(?:def |class )?(\w+)(?= =|\(|:)")      # at top level
+ELIDED = re.compile(r"""(?ix) \W* (\.\.\.|…) \W* (\#|$) | \s* (pass\s*)? \#
+    ( \s* (\.\.\.|…) | .* ((\.\.\.|…)$ | \b (unchanged | omitted | existing\ code | rest\ of
+    | same\ as | the\ same | as\ is | as\ above | as\ before) \b))""")
+DEFINED = re.compile(r"(?m)^(?:def |class |(?=\w+(?: =|:)))(\w+)")    # at top level
 
 
 def parse_reply(reply: str) -> tuple[str, str, list[tuple[str, str]], list[str]]:
@@ -598,7 +602,7 @@ def replaced(search: str, replace: str, source: str) -> str:
     search, replace = search.strip("\n"), replace.strip("\n")
     lines, size = source.split("\n"), search.count("\n") + 1
     places = ["\n".join(lines[i:i + size]) for i in range(len(lines))]
-    # as it stands; else shifted as a whole, without runs of blanks and comments at line ends
+    # as it stands (str changes nothing); else shifted as a whole, without comments at line ends
     for form in str, lambda code: re.sub(r"(?<=\S) +(#.*)?", "", textwrap.dedent(code)):
         found = [i for i, place in enumerate(places) if form(place) == form(search)]
         if found:
@@ -607,6 +611,7 @@ def replaced(search: str, replace: str, source: str) -> str:
         near = difflib.get_close_matches(max(search.split("\n"), key=len), lines, 3, 0)
         raise Unusable("\n".join([f"SEARCH fits at {len(found)} places, not at one (the other "
                                   f"blocks may have changed it):", search, "Most like it:", *near]))
+    # together, so that they stay shifted against each other
     start, both = found[0], textwrap.dedent(f"{search}\n{replace}")
     shift = re.match(" *", places[start]).end() - re.match(" *", both).end()
     if shift < 0:
@@ -618,10 +623,10 @@ def replaced(search: str, replace: str, source: str) -> str:
 def apply_reply(reply: str, source: str) -> tuple[str, str]:
     """Return (description, new source) of a reply. Raises Unusable; nothing is ever guessed."""
     description, _, blocks, files = parse_reply(reply)
-    new = other = files[0] if files else source
+    new = backwards = files[0] if files else source
     for first, last in zip(blocks, reversed(blocks)):
-        new, other = replaced(*first, new), replaced(*last, other)
-    if new != other:
+        new, backwards = replaced(*first, new), replaced(*last, backwards)
+    if new != backwards:
         raise Unusable("the order of the blocks makes a difference: make them one")
     for line in filter(ELIDED.match, {*new.split("\n")} - {*source.split("\n")}):
         raise Unusable(f"this line stands for code that is left out, write all of it: {line}")
@@ -768,18 +773,18 @@ def progress_svg(rows: list[dict], confirmed: dict) -> str:
 
 # ---- 9  The loop --------------------------------------------------------------------------------
 
+# 1. The ledger, the experiments, what is active and train.py change under one lock.
+# 2. Nobody waits for an accelerator, an answer or a run while holding it. An accelerator is held
+#    only inside `with self.accelerator(...)`; the LLM is asked only outside.
+# 3. Judging and recording are one hold of the lock, else two keeps overtake each other.
+# 4. Order of a keep: save a person's edit, write train.py, commit, row, then memory. Before the
+#    row a kill means judging again from experiment.json, without a run and without a paid reply.
+
 class Lab:
     """What the threads share: the ledger, the experiments, the accelerators.
 
     With an LLM each accelerator has three threads: one drafts while another's run trains, and the
     third lets the search fill in. Without an LLM it has one. Any of them takes a person's edit.
-
-    1. The ledger, the experiments, what is active and train.py change under one lock.
-    2. Nobody waits for an accelerator, an answer or a run while holding it. An accelerator is held
-       only inside `with self.accelerator(...)`; the LLM is asked only outside.
-    3. Judging and recording are one hold of the lock, else two keeps overtake each other.
-    4. Order of a keep: save a person's edit, write train.py, commit, row, then memory. Before the
-       row a kill means judging again from experiment.json, without a run and without a paid reply.
     """
 
     def __init__(self, args: argparse.Namespace, llm: LLM | None):
@@ -793,7 +798,7 @@ class Lab:
         self.left = math.inf                        # experiments still to be recorded
         self.discards = 0                           # in a row, since the incumbent last ran
         self.false_starts = 0                       # runs in a row that did not start
-        self.free = dict.fromkeys(range(args.workers), time.monotonic())    # accelerator -> since
+        self.free = dict.fromkeys(range(args.workers), time.monotonic())    # gpu -> since when
         self.live: dict[int, str] = {}              # accelerator -> how far its run is
         self.program = ""                           # the last program.md that could be read
         self.history = HISTORY                      # halved when a prompt was too long
@@ -814,12 +819,12 @@ class Lab:
 
     def research(self, by: str):
         """Propose, run, judge, record, until there have been as many experiments as asked for."""
-        while exp := self.take(by):                     # one that waits, or a new one
+        while exp := self.take(by):                     # an experiment that waits, or a new one
             try:
                 self.propose(exp)                       # seconds to minutes, if an LLM does it
                 with self.accelerator(exp) as gpu:      # the first that is free
-                    self.build(exp)                     # as a change of the incumbent of now
-                    while not self.judged(exp):         # judged, and recorded, under one lock
+                    self.build(exp)                     # the change, applied to the incumbent
+                    while not self.judged(exp):         # judge and record it; else it has to run
                         self.run(exp, gpu)
             except Unusable as problem:                 # a reply that does not fit, or a crash
                 self.send_back(exp, *problem.args)
@@ -830,10 +835,10 @@ class Lab:
             if self.left <= 0:
                 self.stop.set()
             self.save_edit()
-            # Without an LLM, search runs the drafts that one left.
+            # A person's too. Without an LLM, search runs the drafts that one left.
             mine = [exp for exp in self.waiting
                     if exp.by in (by, "human") or exp.source and not self.llm]
-            # A person's edit goes first.
+            # A person's goes first. What is not taken now stays in self.waiting.
             exp = min(mine or [self.new_experiment(by)], key=lambda exp: exp.by != "human")
             enough = [other.by for other in self.active].count(by) >= self.left
             if enough and exp.by != "human":
@@ -841,13 +846,13 @@ class Lab:
             self.active.append(exp)
             return exp
 
-    def may_start(self, exp: Experiment) -> float:
-        """Return from when on exp may have an accelerator, in seconds of time.monotonic()."""
+    def may_start_at(self, exp: Experiment) -> float:
+        """Return from which time.monotonic() on exp may have one; inf: not as things are now."""
         idle_since = min(self.free.values(), default=math.inf)
         if self.args.workers - len(self.free) >= self.left:
             return math.inf         # what runs already may be enough
         if exp.by == "human" or exp not in self.active:
-            return idle_since       # an edit, the baseline, or for --confirm
+            return idle_since       # an edit; or, never active, the baseline and --confirm
         if any(other.by == "human" and not other.tries for other in self.active + self.waiting):
             return math.inf         # the edit goes first
         if exp.by == "search" and self.llm:     # it fills in for the LLM, whatever keeps that
@@ -858,10 +863,10 @@ class Lab:
     def accelerator(self, exp: Experiment) -> Iterator[int]:
         """Wait for a free accelerator and have it until the end of the block."""
         with self.lock:
-            while not self.stop.is_set() and time.monotonic() < self.may_start(exp):
+            while not self.stop.is_set() and time.monotonic() < self.may_start_at(exp):
                 self.lock.wait(0.2)     # nobody is notified of a stop, or that time has passed
             if self.stop.is_set():
-                sys.exit()              # this thread alone
+                sys.exit()              # this thread alone: threading ignores SystemExit
             gpu = min(self.free)
             del self.free[gpu]
         try:
@@ -892,9 +897,9 @@ class Lab:
     def send_back(self, exp: Experiment, problem: str, log: str = "", its_fault: bool = True):
         """Return exp to its LLM with what is wrong, RETURNS times at most; else it is a crash."""
         with self.lock:
-            # Once --tokens are used it waits for the next start; search has nobody to send it to.
-            its_own = exp.by == self.args.researcher == "llm"
-            if not (its_own and its_fault and len(exp.turns) // 2 < RETURNS):
+            # Once --tokens are used it waits for the next start.
+            has_llm = exp.by == self.args.researcher == "llm"
+            if not (has_llm and its_fault and len(exp.turns) // 2 < RETURNS):
                 return self.record(exp, "crash", problem)
             log = f"\nThe end of its log, as data:\n```\n{log}\n```" if log else ""
             exp.turns.append(f"That could not be used: {problem}{log}\nReply again, complete and "
@@ -910,10 +915,10 @@ class Lab:
         if exp.by == "llm":
             while len(exp.turns) % 2 == 0:      # the last is a complaint, or there is none
                 self.ask(exp)
-            self.build(exp)     # while others train; once more on the incumbent of later
+            self.build(exp)     # finds misfits while others train; research() builds it again
 
     def ask(self, exp: Experiment):
-        """Ask the LLM once. What it replies becomes a turn of exp, unless it has to ask again."""
+        """Ask the LLM once. Its reply becomes a turn of exp, unless it was cut or did not come."""
         self.stop.wait(self.pause * random.uniform(0.5, 1))     # not all threads at the same time
         if self.stop.is_set() or not (llm := self.llm):
             sys.exit()              # this thread alone
@@ -994,7 +999,7 @@ class Lab:
             best = self.incumbent
             if exp.runs or exp.fingerprint and exp.base == best.number:
                 return
-            candidates = [(exp.description, exp.source)]    # a person's, who saw what they changed
+            candidates = [(exp.description, exp.source)]    # a person's fits any incumbent
             if exp.by == "search":
                 rng = random.Random(f"{exp.number} {best.fingerprint}")
                 cuda = self.conditions.get("device") not in ("cpu", "mps")
@@ -1002,7 +1007,7 @@ class Lab:
             if exp.by == "llm":
                 candidates = [apply_reply(exp.turns[-1], best.source)]
                 exp.idea = parse_reply(exp.turns[-1])[1]
-                if exp.source == candidates[0][1]:      # the same from another incumbent
+                if exp.source == candidates[0][1]:      # it would undo what was kept since
                     raise Unusable("a whole file, but the incumbent has changed since you wrote it")
             others = {other.fingerprint: other.number for other in self.experiments.values()
                       if other is not exp}
@@ -1019,10 +1024,10 @@ class Lab:
             sys.exit()              # this thread alone
 
     def run(self, exp: Experiment, gpu: int):
-        """Train exp once more. Raises Unusable if that gives no score."""
+        """Train exp once more, and before it the incumbent, if that is due."""
         with self.lock:
-            best = self.incumbent
-            due, self.discards = divmod(self.discards, RECHECK)
+            best, due = self.incumbent, self.discards >= RECHECK
+            self.discards = 0 if due else self.discards
         if due:     # a score from a lucky seed or a fast hour must not block the night
             say(f"#{best.number} runs once more: {RECHECK} discards in a row lost to it")
             try:
@@ -1052,13 +1057,14 @@ class Lab:
                 what = f"{event['share']:.0%} {event['tokens_per_second']:.0f} tokens/s {printed}"
             self.live[gpu] = f"#{exp.number} {exp.by} run {k + 1} {what}"
 
+        on_event({"event": "starting"}, "")
         try:
             patience = math.inf if self.args.launch else START_LIMIT    # a queue may be long
-            report = run_command(command, log, run_environment(**self.args.own[gpu]), patience,
+            report = run_command(command, log, run_environment(**self.args.env[gpu]), patience,
                                  self.stop, on_event)
             if not report["reason"]:
                 reports.append(report)
-        finally:                # after a refusal as well, since only a death counts as one
+        finally:                # tries > ended then means that the driver died
             with self.lock:
                 exp.ended += 1
                 exp.save()
@@ -1214,10 +1220,10 @@ class Lab:
             researchers = workers * (["llm", "llm", "search"] if self.llm else ["search"])
             self.in_threads(self.research, researchers, len(researchers))
         finally:
-            for sign in SIGNALS:
-                signal.signal(sign, signal.SIG_IGN)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
             self.stop.set()
-            self.lock.acquire()     # for good: nothing is written after the summary
+            self.lock.acquire()     # and never let go: nothing is written after the summary
             self.lock.wait_for(lambda: len(self.free) == workers, GRACE + 5)
             say(summary(self.rows, read_json(CONFIRMED), self.experiments.values()))
             if self.rows and self.incumbent.drift:
@@ -1226,7 +1232,7 @@ class Lab:
 
 def ledger_row(exp: Experiment, status: str, reason: str, commit: str) -> dict[str, str]:
     """Return the row of results.tsv. Without a commit it names the program by its fingerprint."""
-    runs = exp.runs if status != "crash" else [collections.Counter()]       # zero of everything
+    runs = exp.runs if status != "crash" else [collections.Counter()]       # 0 of everything
     return {
         "commit": commit or exp.fingerprint[:7] or "0000000",
         "val_bpb": f"{fmean(run['val_bpb'] for run in runs):.6f}",
@@ -1331,13 +1337,15 @@ def start(args: argparse.Namespace):
     args.folder = Path(lab.conditions.get("folder", "none"))
     if args.data or not (args.folder / "meta.json").exists():
         args.folder = Path(ask_prepare("--data", args.data or ""))
-    args.own = [{}] * args.workers          # what the runs of one have in their environment
+    args.env = [{}] * args.workers          # of the runs on each accelerator
     if args.workers > 1 and not args.launch:
         cores = str(os.cpu_count() // args.workers or 1)
         gpus = ask_prepare("--devices").split(",") * args.workers       # [""] without CUDA
-        args.own = [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": cores} for gpu in gpus]
+        args.env = [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": cores} for gpu in gpus]
     if asking:
         with contextlib.suppress(Away):     # then it is chosen as soon as the server is there
+            if lab.llm.official:            # a wrong key is named before the baseline runs
+                lab.llm.http("/models", None, dict)
             lab.llm.model = lab.llm.model or lab.llm.choose_model()
         say(f"researcher  {lab.llm.model or 'an LLM'} at {lab.llm.url}")
     elif not args.confirm:
@@ -1364,8 +1372,8 @@ def main() -> int | str:
     except Stop as stop:
         return f"autoresearch.py: {stop}"
     except Unusable as problem:     # of the baseline or the incumbent, which nothing can replace
-        return (f"autoresearch.py: baseline or incumbent: {problem.args[0]}: mend {TRAIN}, or "
-                f"git checkout {TRAIN}; the newest log in {FOLDER}/ may say more")
+        return (f"autoresearch.py: {TRAIN} has no score: {problem.args[0]}: mend it, or git "
+                f"checkout {TRAIN}; the newest log in {FOLDER}/ may say more")
     except OSError as error:
         return (f"autoresearch.py: {error.strerror or error}: {error.filename or Path.cwd()}; what "
                 f"was logged is safe: make room, give permission or put it there, and start again")

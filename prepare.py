@@ -37,7 +37,7 @@ import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from time import monotonic, thread_time  # bound, as cross_entropy is, before a candidate runs
+from time import monotonic, thread_time  # by name: a candidate may patch time
 
 try:
     import fcntl
@@ -55,7 +55,7 @@ import requests
 import torch
 from torch.nn.functional import cross_entropy
 
-# ---- 1  Scale: what the machine has decides between two settings of the same constants -----------
+# ---- 1  Scale: most constants have one value for CUDA, and one for all else ----------------------
 
 DEVICE = ("cuda" if torch.cuda.is_available() else
           "mps" if torch.backends.mps.is_available() else "cpu")
@@ -68,8 +68,10 @@ DEFAULT_DATA = "c4" if CUDA else "stdlib"
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
 EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in val and in test, if there are so many
 MIN_WINDOWS = 64           # below this a score would say little
-OVERTIME = 0.02            # share of the budget for work after the last batch; worth 0.002 bpb
-ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # seconds after the last batch, however short
+OVERTIME = 0.02            # share of the budget for work after the last batch; worth 0.002 bpb ...
+ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # ... or so many seconds, if that is more
+# Seconds that calls of evaluation may take too long: a CPU is interrupted, a GPU loads kernels.
+HICCUP = 1.0 if DEVICE == "cpu" else 5.0
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
 EVAL_LIMIT = 180 if CUDA else 300               # wall-clock seconds for evaluation
 
@@ -198,7 +200,7 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
     """Yield (split, text) of each document, always in the same order; share: of val, of test."""
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    together = reader is text_pieces and len(files) >= MANY_FILES   # since a file repeats itself
+    together = reader is text_pieces and len(files) >= MANY_FILES   # parts of one are alike
     for file in files:
         split = ""
         for text in reader(file):
@@ -242,7 +244,7 @@ class Tokenizer:
     """
 
     def __init__(self, merges: list[tuple[int, int]]):
-        self.rank = {tuple(pair): 256 + i for i, pair in enumerate(merges)}     # -> their token
+        self.rank = {tuple(pair): 256 + i for i, pair in enumerate(merges)}     # pair -> its token
         self.bytes = [bytes([i]) for i in range(256)]   # of each token, perhaps half a character
         for left, right in self.rank:
             self.bytes.append(self.bytes[left] + self.bytes[right])
@@ -345,7 +347,7 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
     need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test
     if min(tokens["val"], tokens["test"]) < need:       # of 5 bytes at most, on average
         sys.exit(f"prepare.py: too little text in {name}: a score needs about "
-                 f"{5 * need / share / 1e6:.1f} MB at most")
+                 f"{5 * need / share / 1e6:.1f} MB")
     bytes_per_token = round(size / (sum(tokens.values()) - count), 4)       # END has no bytes
     print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
     (folder / "meta.json").write_text(json.dumps({
@@ -443,8 +445,8 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
         batch = np.stack(list(itertools.islice(windows, batch_size))).astype(np.int64)
         pinned = torch.from_numpy(batch).pin_memory() if CUDA else torch.from_numpy(batch)
         batch = pinned.to(DEVICE, non_blocking=True)
-        if CUDA and clock.steps > 1:    # one step ahead of the GPU, never two: it never waits
-            done.synchronize()          # the step before the last is done
+        if CUDA and clock.steps > 1:    # the GPU always has one more step to do, never two
+            done.synchronize()          # with the step before the last
             done.record()
         else:                           # the first step is timed to its end, before a second
             synchronize()
@@ -535,22 +537,22 @@ GATHERED = 2, 4     # at most so many of the 3, and of the 16, largest losses ma
 
 def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
     """Raise Invalid if predictions lost, in nats (P, B, T), more than rounding takes."""
-    left = cuts[..., None] - np.arange(loss.shape[-1])      # predictions that have to stay, from t
-    stays, sign = left > 0, np.where(probed_later, 1, -1)[:, None, None]
+    to_cut = cuts[..., None] - np.arange(loss.shape[-1])    # above 0: has to stay as it is
+    stays, sign = to_cut > 0, np.where(probed_later, 1, -1)[:, None, None]
     small = loss.clip(-LARGEST, LARGEST)
-    kept, at_cut, learned = small[stays], small[left == 1], (small * sign)[stays]
-    sigma = np.sqrt(np.square(kept).mean())
+    before, at_cut, learned = small[stays], small[to_cut == 1], (small * sign)[stays]
+    sigma = np.sqrt(np.square(before).mean())
     unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
-                   for some in (kept, at_cut, learned))
-    spread = max(np.abs(kept).mean(), np.median(np.abs(at_cut)))
-    # Noise would hide a rare leak in a mean, not among the largest losses.
+                   for some in (before, at_cut, learned))
+    spread = max(np.abs(before).mean(), np.median(np.abs(at_cut)))
+    # Noise hides a rare leak in a mean, but not at cuts among the largest losses.
     largest = np.argsort(-loss[stays])[:16]
-    hits = ((left[stays] == 1) & (loss[stays] > SPREAD))[largest]
+    hits = ((to_cut[stays] == 1) & (loss[stays] > SPREAD))[largest]
     gathered = hits[:3].sum() > GATHERED[0] or hits.sum() > GATHERED[1]
     if not (unbiased and spread <= SPREAD and not gathered):        # a NaN is refused
         mps = " (torch's half-precision attention leaks: pytorch issue 195910)" * (DEVICE == "mps")
         raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions: by "
-                      f"{at_cut.mean():+.4f} nats just before them, {kept.mean():+.4f} in all, "
+                      f"{at_cut.mean():+.4f} nats just before them, {before.mean():+.4f} in all, "
                       f"{spread:.4f} in size, {learned.mean():+.4f} from call to call{mps}; logits "
                       f"may depend on tokens[:t+1] of their row alone (fp8 by batch mixes rows)")
 
@@ -585,7 +587,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     refuse_leaks(nats[1] - nats[0], cuts, turns[1] > turns[0])
     seconds = np.diff(times)
     put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # what some took much longer
-    if not put_off <= max(slack, 1.0):      # a second, since a busy machine interrupts any of them
+    if not put_off <= max(slack, HICCUP):
         raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
     parts = zip(splits, np.split(nats[0], len(splits)), np.split(y, len(splits)))
     return {split: bits_per_byte(*part, lengths) for split, *part in parts}
@@ -707,6 +709,8 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     unit = 1 if sys.platform == "darwin" else 1024      # bytes
     memory = (torch.cuda.max_memory_allocated() if CUDA else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if DEVICE == "mps":         # what Metal holds is not in it
+        memory += torch.mps.driver_allocated_memory()
     if "torch._dynamo" in sys.modules:      # compiling for other shapes would take a minute
         torch.compiler.set_stance("force_eager")
     now = monotonic()

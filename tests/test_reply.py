@@ -52,6 +52,7 @@ FILE = f"{HEAD}```python\n{EDITED}```\n"
     HEAD + BLOCKS.replace("  #", "\xa0#"), HEAD + BLOCKS.replace("SEARCH\n", "SEARCH\n\n"),
     HEAD + BLOCKS.replace("      # up", ""), FILE.replace("```", "~~~"),
     f"{HEAD}For example:\n```\nx = 1\n```\n\n```py title='train.py'\n{EDITED}```\n",
+    CLEAN.replace("        return x *", "        # the bias is 0, 1, ..., 9\n        return x *"),
     f"```python\n# DESCRIPTION: faster, louder\n{EDITED}```"])
 def test_an_edit_is_found_in_whatever_it_is_wrapped(reply):
     description, source = ar.apply_reply(reply, SOURCE)
