@@ -251,7 +251,7 @@ REFUSED = [     # kind of node, pattern of its text, why. Strings too: str.forma
     (IMPORT, rf"^(import (.*, )?|from )(?!({MODULES})\b)|\*$", "not one of the modules on offer"),
     (ast.Name, r"^(open|exec|eval|compile|globals|locals|vars|getattr|setattr|delattr)$",
      "no files, no text that runs as code, no attributes by computed names"),
-    (ast.Attribute, r"""([^'"]|^f.*)\.format(_map)?$""", "no computed formats: use an f-string"),
+    (ast.Attribute, r"""(?s)([^'"]|^f.*)\.format(_map)?$""", "no computed formats: use f-strings"),
     (ast.AST, r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b",
      "the driver chooses the seed and the threads"),
     (ast.AST, rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | [acgt]\w_frame
@@ -259,8 +259,8 @@ REFUSED = [     # kind of node, pattern of its text, why. Strings too: str.forma
 
 
 def as_text(node: ast.AST) -> str:
-    """Return an import, attribute or pattern as it stands, of other nodes their own words."""
-    if isinstance(node, (*IMPORT, ast.Attribute, ast.pattern)):
+    """Return what names something as it stands, of other nodes their own words."""
+    if isinstance(node, (*IMPORT, ast.Attribute, ast.Global, ast.Nonlocal, ast.pattern)):
         return ast.unparse(node)
     return " ".join(word for word in vars(node).values() if isinstance(word, str))
 
@@ -394,8 +394,8 @@ def read_answer(data: dict) -> Answer:
     thought = str(reply.get("reasoning_content") or reply.get("reasoning"))
     if not text.strip() and re.search(r"<<< ?SEARCH|```.*^def train\b", thought, re.S | re.M):
         text = thought          # some servers file a whole reply under reasoning
-    finishes = map(reply.get, ("refusal", "error", "finish_reason", "stop_reason"))
-    finish = one_line(str(next(filter(None, finishes), "")))
+    ends = map(reply.get, ("refusal", "error", "finish_reason", "stop_reason"))
+    finish = one_line(str(next(filter(None, (data.get("error"), *ends)), "")))
     whole = finish.lower() in ("", "stop", "end_turn", "stop_sequence", "eos", "eos_token")
     # The counts may be strings, floats or null. Of equal names the first counts.
     counts = re.findall(r'"(\w+_tokens)": "?(\d{1,12})', json.dumps(data.get("usage")))
@@ -576,13 +576,15 @@ SAID = re.compile(r"""(?imx)
 ELIDED = re.compile(r"""(?ix) \W* (\.\.\.|…) \W* (\#|$) | \s* (pass\s*)? \#
     ( \s* (\.\.\.|…) | .* ((\.\.\.|…)$ | \b (unchanged | omitted | existing\ code | rest\ of
     | same\ as | the\ same | as\ is | as\ above | as\ before) \b))""")
+CODE = re.compile(r"""(?m)("[^"\n]*"|'[^'\n]*'|^ +)|#.*|[ \t]+""")     # [1]: no comment, no blanks
 DEFINED = re.compile(r"(?m)^(?:def |class |(?=\w+(?: =|:)))(\w+)")    # at top level
 
 
 def parse_reply(reply: str) -> tuple[str, str, list[tuple[str, str]], list[str]]:
     """Return (description, why, blocks, whole files), with either blocks or one file."""
-    text = THOUGHT.sub("", reply).replace("\xa0", " ").expandtabs(4)
-    text = re.sub(r"(?m)[\ufeff\u200b]|[ \r]+$", "", text)
+    text = THOUGHT.sub("", reply).replace("\xa0", " ")
+    text = re.sub(r"(?m)[\ufeff\u200b]|[ \t\r]+$", "", text)
+    text = re.sub(r"(?m)^[ \t]+", lambda blanks: blanks[0].expandtabs(4), text)
     text = html.unescape(text) if "&lt;&lt;&lt;" in text else text
     prose, blocks = BLOCK.sub("\0", text), list(dict.fromkeys(BLOCK.findall(text)))
     fences = {textwrap.dedent(fence[2]) for fence in FENCE.finditer(prose)}
@@ -602,21 +604,21 @@ def replaced(search: str, replace: str, source: str) -> str:
     search, replace = search.strip("\n"), replace.strip("\n")
     lines, size = source.split("\n"), search.count("\n") + 1
     places = ["\n".join(lines[i:i + size]) for i in range(len(lines))]
-    # as it stands (str changes nothing); else shifted as a whole, without comments at line ends
-    for form in str, lambda code: re.sub(r"(?<=\S) +(#.*)?", "", textwrap.dedent(code)):
+    # as it stands (str changes nothing); else shifted as a whole, and without comments and blanks
+    for form in str, lambda code: CODE.sub(r"\1", textwrap.dedent(code)):
         found = [i for i, place in enumerate(places) if form(place) == form(search)]
         if found:
             break
-    if len(found) != 1 or not search:
+    if len(found) != 1 or not form(search).strip():
         near = difflib.get_close_matches(max(search.split("\n"), key=len), lines, 3, 0)
         raise Unusable("\n".join([f"SEARCH fits at {len(found)} places, not at one (the other "
                                   f"blocks may have changed it):", search, "Most like it:", *near]))
     # together, so that they stay shifted against each other
-    start, both = found[0], textwrap.dedent(f"{search}\n{replace}")
+    start, both = found[0], textwrap.dedent(f"{search}\n{replace}".rstrip("\n"))
     shift = re.match(" *", places[start]).end() - re.match(" *", both).end()
     if shift < 0:
         raise Unusable(f"REPLACE is less indented than its SEARCH:\n{replace}")
-    lines[start:start + size] = textwrap.indent(both, " " * shift).splitlines()[size:]
+    lines[start:start + size] = re.sub("(?m)^(?=.)", " " * shift, both).split("\n")[size:]
     return "\n".join(lines)
 
 
@@ -641,6 +643,22 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
     return description, new
 
 
+def find_knobs(source: str, cuda: bool) -> dict[str, tuple[float, ast.expr]]:
+    """Return {NAME: (number, where)} at top level. Of `A if CUDA else B` one side is in force."""
+    knobs = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
+            value = node.value
+            if isinstance(value, ast.IfExp) and ast.unparse(value.test) == "CUDA":
+                value = value.body if cuda else value.orelse
+            with contextlib.suppress(ValueError, TypeError, SyntaxError):   # no number: no knob
+                base, _, power = ast.unparse(value).partition(" ** ")
+                number = ast.literal_eval(base) ** ast.literal_eval(power or "1")
+                if number > 0 and base != "True" and value.lineno == value.end_lineno:
+                    knobs[node.targets[0].id] = number, value
+    return knobs
+
+
 def moved(value: float, change: float) -> float:
     """Return a knob's value after a step of `change` in log space."""
     factor = math.exp(max(-1.5, min(1.5, change)))
@@ -655,24 +673,19 @@ def moved(value: float, change: float) -> float:
 
 def search(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[str, str]]:
     """Yield (description, changed source) again and again: one to three knobs, moved."""
-    knobs = []      # (start, end, name, value); of `A if CUDA else B` the side in force
-    for line in re.finditer(r"(?m)^([A-Z]\w*) = (?:(.+) if CUDA else )?([^#\n]*[^#\s])", source):
-        side = 2 if cuda and line[2] else 3
-        if re.fullmatch(r"(?=.*[1-9])[\d.][\d_.]*(e-?\d+)?( \*\* \d+)?", line[side]):
-            base, _, power = line[side].partition(" ** ")
-            value = ast.literal_eval(base) ** int(power or 1)
-            knobs.append((*line.span(side), line[1], value))
+    knobs = find_knobs(source, cuda)
     for attempt in range(200 if knobs else 0):
-        changed, moves = source, []
+        lines, moves = source.split("\n"), []
         how_many = rng.choice((1, 1, 1, 2, 2, 3))       # mostly one, so that a result teaches
-        picked = rng.sample(knobs, min(len(knobs), how_many))
-        for start, end, name, old in sorted(picked, reverse=True):  # so that positions stay right
+        for name in rng.sample(sorted(knobs), min(len(knobs), how_many)):
+            old, at = knobs[name]
             # Steps widen with the attempts: what is near has been seen.
             new = moved(old, rng.choice((-1, 1)) * rng.uniform(0.2, 0.8) * 1.03 ** attempt)
             if new != old:
-                changed = f"{changed[:start]}{new!r}{changed[end:]}"
+                line = lines[at.lineno - 1]
+                lines[at.lineno - 1] = f"{line[:at.col_offset]}{new!r}{line[at.end_col_offset:]}"
                 moves.append(f"{name} {old!r} -> {new!r}")
-        yield ", ".join(moves), changed
+        yield ", ".join(moves), "\n".join(lines)
 
 
 # ---- 8  Show: the live line, the verdict, the summary, progress.svg -----------------------------
@@ -838,11 +851,11 @@ class Lab:
             # A person's too. Without an LLM, search runs the drafts that one left.
             mine = [exp for exp in self.waiting
                     if exp.by in (by, "human") or exp.source and not self.llm]
-            # A person's goes first. What is not taken now stays in self.waiting.
-            exp = min(mine or [self.new_experiment(by)], key=lambda exp: exp.by != "human")
+            mine.sort(key=lambda exp: exp.by != "human")        # a person's goes first
             enough = [other.by for other in self.active].count(by) >= self.left
-            if enough and exp.by != "human":
+            if enough and not (mine and mine[0].by == "human"):
                 return None
+            exp = mine[0] if mine else self.new_experiment(by)
             self.active.append(exp)
             return exp
 
@@ -907,8 +920,8 @@ class Lab:
             exp.source, exp.fingerprint, exp.runs = "", "", []
             exp.save()
             self.active.remove(exp)
-            self.pause = min(LONGEST_PAUSE, 2 * self.pause or 1)
-            say(f"#{exp.number} goes back to the LLM in {self.pause} s: {one_line(problem, 100)}")
+            self.pause = min(LONGEST_PAUSE, 2 * self.pause or 0.25)
+            say(f"#{exp.number} goes back to the LLM in {self.pause:g} s: {one_line(problem, 100)}")
 
     def propose(self, exp: Experiment):
         """Have the LLM write a reply, and try it on the incumbent; the others need none."""
@@ -919,7 +932,7 @@ class Lab:
 
     def ask(self, exp: Experiment):
         """Ask the LLM once. Its reply becomes a turn of exp, unless it was cut or did not come."""
-        self.stop.wait(self.pause * random.uniform(0.5, 1))     # not all threads at the same time
+        self.stop.wait(self.pause * random.uniform(1, 1.5))     # not all threads at the same time
         if self.stop.is_set() or not (llm := self.llm):
             sys.exit()              # this thread alone
         prompt = self.prompt(exp)
@@ -959,8 +972,7 @@ class Lab:
                 return say(f"LLM: {why}; of the history it gets {self.history} experiments now")
             if not self.away:
                 say(f"LLM: {why}; it is asked again at times, and search fills in")
-            self.away, self.pause = True, min(LONGEST_PAUSE, 2 * self.pause or 1)
-        self.stop.wait(min(wait, LONGEST_PAUSE))
+            self.away, self.pause = True, min(LONGEST_PAUSE, max(wait, 2 * self.pause or 0.25))
 
     def prompt(self, exp: Experiment) -> list[str]:
         """Return the prompt in parts, what changes least first: providers cache its beginning."""
@@ -1021,6 +1033,7 @@ class Lab:
                 raise Unusable(f"the same program as #{others[fingerprint]}, comments aside")
             if not self.llm:
                 raise Stop("search has nothing new to propose: edit train.py, or connect an LLM")
+            self.active.remove(exp)
             sys.exit()              # this thread alone
 
     def run(self, exp: Experiment, gpu: int):
@@ -1095,6 +1108,8 @@ class Lab:
 
     def record(self, exp: Experiment, status: str, reason: str):
         """Make a verdict last. Whoever calls it has the lock, or no other thread is at work."""
+        if self.left <= 0:
+            sys.exit()              # this thread alone: it is judged at the next start
         self.save_edit()
         commit = ""
         if status == "keep" and exp.number:
@@ -1181,8 +1196,12 @@ class Lab:
 
     def measure_next(self, todo: tuple[Experiment, list]):
         exp, reports = todo
-        with self.accelerator(exp) as gpu:
-            self.measure(exp, gpu, reports)
+        try:
+            with self.accelerator(exp) as gpu:
+                self.measure(exp, gpu, reports)
+        except Unusable as problem:
+            raise Stop(f"#{exp.number} does not run: {problem.args[0]}; see {exp.folder}/"
+                       f"run-*.log and mend {TRAIN}") from None
 
     def in_threads(self, work: Callable, todo: list, n: int):
         """Have n threads do the work and show how far they are; the first failure ends it."""
@@ -1371,9 +1390,8 @@ def main() -> int | str:
         return 0
     except Stop as stop:
         return f"autoresearch.py: {stop}"
-    except Unusable as problem:     # of the baseline or the incumbent, which nothing can replace
-        return (f"autoresearch.py: {TRAIN} has no score: {problem.args[0]}: mend it, or git "
-                f"checkout {TRAIN}; the newest log in {FOLDER}/ may say more")
+    except Unusable as problem:     # of the baseline or the incumbent
+        return f"autoresearch.py: {TRAIN}: {problem.args[0]}: mend it, or git checkout {TRAIN}"
     except OSError as error:
         return (f"autoresearch.py: {error.strerror or error}: {error.filename or Path.cwd()}; what "
                 f"was logged is safe: make room, give permission or put it there, and start again")

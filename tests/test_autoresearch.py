@@ -98,7 +98,8 @@ def test_noise_is_pooled_over_the_newest_files_that_ran_more_than_once():
 
 
 def test_search_finds_the_knobs_in_force_and_moves_them_in_their_own_way():
-    source = "A = 8 if CUDA else 2\nB = 2 ** 15  # x\nC = 0.95\nD = 'x'\ne = 3\nF = A * 2\nG = 0\n"
+    source = ('"""\nV = 1.2.3\n"""\nA = 8 if CUDA else 2\nB = 2 ** 15  # x\nC = 0.95\nD = "x"\n'
+              "e = 3\nF = A * 2\nG = 0\n")
     for cuda, a in (False, "2"), (True, "8"):
         texts = " ".join(text for text, _ in ar.search(random.Random(0), source, cuda))
         assert dict(re.findall(r"(\w+) (\S+) ->", texts)) == {"A": a, "B": "32768", "C": "0.95"}

@@ -75,6 +75,17 @@ def test_an_unclear_reply_is_sent_back(reply, reason):
         ar.apply_reply(reply, SOURCE)
 
 
+def test_what_strings_and_comments_hold_is_not_touched_and_a_block_may_delete():
+    source = SOURCE.replace("# channels", "# a\x0cb\u2028c") + "TEXT = 'a\tb #1'\n"
+    reply = "DESCRIPTION: x\n\n<<<<<<< SEARCH\n{}\n=======\n{}>>>>>>> REPLACE\n"
+    line = "WIDTH = 16              # a\x0cb\u2028c"
+    assert ar.apply_reply(reply.format(line, line.replace("16", "8") + "\n"), source)[1] == \
+        source.replace("16", "8")
+    assert ar.apply_reply(reply.format(line, ""), source)[1] == source.replace(line + "\n", "")
+    with pytest.raises(ar.Unusable, match="at 0 places"):
+        ar.apply_reply(reply.format("TEXT = 'a\tb #2'", "TEXT = ''\n"), source)
+
+
 def test_without_a_description_the_first_sentence_names_it_and_the_idea_is_kept():
     assert ar.apply_reply("It was slow. Really.\n\n" + BLOCKS, SOURCE)[0] == "It was slow."
     ideas = [ar.parse_reply(reply)[1] for reply in (CLEAN, FILE, BLOCKS)]

@@ -119,3 +119,8 @@ def test_comments_and_docstrings_do_not_change_the_fingerprint():
 def test_a_program_too_deep_to_be_judged_is_refused_before_it_runs():
     with pytest.raises(ar.Unusable, match="syntax error: maximum recursion depth"):
         ar.screen(candidate(f"x = {'1 + ' * 700}1"))
+
+
+def test_a_format_over_two_lines_is_a_computed_one():
+    with pytest.raises(ar.Unusable, match="no computed formats"):
+        ar.screen(candidate('x = f"""{' + "'''\n'''" + '}{{0.name}}""".format(train)'))
