@@ -288,6 +288,19 @@ def test_search_has_an_accelerator_that_the_llm_leaves_idle(hasty, llm, mood):
         assert 1 <= output.count("asked again at times") <= 2, "said once an outage"
 
 
+def test_a_last_reply_that_comes_too_late_makes_no_further_row(measured, llm):
+    conditions = measured.folder / "runs/conditions.json"
+    conditions.write_text(conditions.read_text().replace("60.0", "10.0"))   # idle after 2 s
+
+    def late(handler):
+        while len(measured.rows()) < 2:     # the search's is the one that was asked for
+            time.sleep(0.001)
+        handler.reply("nonsense")
+
+    measured.drive("--experiments", 1, "--base-url", llm(["nonsense", "nonsense", late]).url)
+    assert [row["by"] for row in consistent(measured)] == ["baseline", "search"]
+
+
 def test_a_model_that_never_fits_is_asked_less_and_less_often(hasty, llm):
     server = llm(["nonsense"])
     process = hasty.start("--base-url", server.url)
