@@ -15,7 +15,7 @@ import sys
 import time
 
 import pytest
-from conftest import TINY, edit
+from conftest import TINY, Handler, edit
 
 import autoresearch as ar
 
@@ -324,6 +324,14 @@ def test_a_first_refusal_ends_the_driver_with_the_servers_words(measured, llm):
     output = measured.drive("--base-url", server.url, code=1)
     assert "HTTP 401" in output.splitlines()[-1] and "sk-very-secret" not in output
     assert len(consistent(measured)) == 1
+
+
+def test_a_wrong_key_of_a_provider_is_named_before_the_baseline_runs(lab, llm):
+    server = llm(["nothing"])
+    server.RequestHandlerClass = type("Refusing", (Handler,), {"do_GET": lambda h: h.send(401, "")})
+    url = f"{server.url}//api.openai.com/v1"
+    assert "HTTP 401" in lab.drive("--data", lab.text, "--base-url", url, code=1)
+    assert not (lab.folder / "runs/0000").exists() and not server.requests
 
 
 def test_a_prompt_that_is_too_long_gets_half_of_the_history(measured, llm):

@@ -41,7 +41,9 @@ def client(server, monkeypatch):
     (answer(EDIT, None), True), ("\ufeff\n" + json.dumps(answer(EDIT)), True),
     *[(answer(EDIT, end), False) for end in ("length", "content_filter", "model_length")],
     (answer(None, reasoning="hm"), False), (answer(EDIT, refusal="no"), False),
-    (answer("") | {"choices": []}, False)])
+    (answer("") | {"choices": []}, False),
+    (answer(EDIT) | {"error": "busy", "choices": [answer(EDIT)["choices"][0] | {"error": None}]},
+     False)])
 def test_a_reply_is_read_in_whatever_form_it_comes_and_its_tokens_count(client, body, whole):
     got = client(200, body).ask(PROMPT, [])
     assert got.whole is whole and (not whole or got.text == EDIT)

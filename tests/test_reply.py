@@ -49,6 +49,7 @@ FILE = f"{HEAD}```python\n{EDITED}```\n"
     CLEAN.replace("<<<<<<<", "<<<<<").replace("=======", "========"),
     f"DESCRIPTION: no\n{BLOCKS.replace('3', '9')}</think>\n{CLEAN}",
     HEAD + BLOCKS.replace("        ", ""), HEAD + BLOCKS.replace("        ", "\t\t"),
+    CLEAN.replace("        return x * 2", "\t\treturn x * 2"),
     HEAD + BLOCKS.replace("  #", "\xa0#"), HEAD + BLOCKS.replace("SEARCH\n", "SEARCH\n\n"),
     HEAD + BLOCKS.replace("      # up", ""), FILE.replace("```", "~~~"),
     f"{HEAD}For example:\n```\nx = 1\n```\n\n```py title='train.py'\n{EDITED}```\n",
