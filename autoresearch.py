@@ -126,7 +126,7 @@ class Experiment:
     tries: int = 0              # runs begun: the number of the next one's log and seed
     ended: int = 0              # runs that ended; if below tries, the driver died during one
     model: str = ""             # that was asked
-    room: int = 0               # output tokens to ask for; 0: no limit; below 0: tried in vain
+    room: int = 0               # output tokens to ask for; 0: as usual; below 0: tried in vain
     calls: int = 0              # answers of the LLM, also those that were cut or empty
     input_tokens: int = 0
     cached_tokens: int = 0      # of the input tokens

@@ -70,7 +70,7 @@ EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in val and in test, 
 MIN_WINDOWS = 64           # below this a score would say little
 OVERTIME = 0.02            # share of the budget for work after the last batch; worth 0.002 bpb ...
 ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # ... or so many seconds, if that is more
-# Seconds that calls of evaluation may take too long: a CPU is interrupted, a GPU loads kernels.
+# Seconds that calls of evaluation may take too long: a CPU is interrupted; a GPU's is an estimate.
 HICCUP = 1.0 if DEVICE == "cpu" else 5.0
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
 EVAL_LIMIT = 180 if CUDA else 300               # wall-clock seconds for evaluation
