@@ -102,301 +102,7 @@ def check_card():
               f"NVIDIA GPU: install a torch for the CUDA that nvidia-smi names", file=sys.stderr)
 
 
-# ---- 2  Documents: a source is a list of files, and a function that yields the documents of one --
-
-SPLITS = "train", "val", "test"
-PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
-SHORTEST = 64       # characters: a document with less than this is dropped
-MANY_FILES = 50     # from so many files on, a file is whole in one split
-PATIENCE = 8        # seconds: the longest pause between requests that bring nothing: 1, 2, 4, 8
-
-
-def text_pieces(path: Path, errors: str = "replace") -> Iterator[str]:
-    """Yield the documents of a text file: what <|endoftext|> separates, in pieces where long."""
-    rest = ""
-    with path.open(encoding="utf-8", errors=errors, newline="") as file:
-        while chunk := file.read(PIECE) + file.readline(PIECE):     # up to the end of a line
-            *whole, rest = (rest + chunk).split("<|endoftext|>")
-            yield from whole
-            if len(rest) >= PIECE:
-                yield rest
-                rest = ""
-    yield rest
-
-
-def json_texts(path: Path) -> Iterator[str]:
-    """Yield the documents of a gzip file of JSON lines, as C4 comes: {"text": ..., ...}"""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            yield from (json.loads(line)["text"] for line in lines)
-    except Exception as error:
-        raise OSError(f"{path} is corrupt ({error}): delete it, to fetch it again") from error
-
-
-def is_text(path: Path) -> bool:
-    try:
-        return sum(map(len, text_pieces(path, "strict"))) > 0
-    except (UnicodeDecodeError, OSError):
-        return False
-
-
-def download(address: str) -> Path:
-    """Fetch a file of the hub, unless it is there; go on where an earlier try stopped."""
-    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/datasets/{address}"
-    path = CACHE / "downloads" / url.rpartition("/")[2]
-    part, pause = path.with_name(f"{path.name}.part"), 0.5
-    while not path.exists():
-        part.touch()
-        have = part.stat().st_size
-        headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
-        try:
-            with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
-                if answer.status_code != 416:       # else nothing is left to fetch
-                    answer.raise_for_status()
-                    print(f"{url}: fetching from byte {have} on", flush=True)
-                    # Any answer but 206 ignores Range and brings all of the file.
-                    with part.open("ab" if answer.status_code == 206 else "wb") as file:
-                        file.writelines(answer.iter_content(1 << 16))   # raises if less comes
-            if not part.stat().st_size:
-                raise requests.ConnectionError("nothing came")
-            part.replace(path)
-        except requests.RequestException as error:
-            pause = 1.0 if part.stat().st_size > have else 2 * pause
-            if pause > PATIENCE or getattr(error.response, "status_code", 0) in (401, 403, 404):
-                raise
-            print(f"{path.name}: {error}; again in {pause} s", file=sys.stderr)
-            time.sleep(pause)
-    return path
-
-
-def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
-    """Return (name, files, what yields the documents of a file), and download what is missing."""
-    if data == "tinystories":
-        stories = "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
-        return data, [download(stories)], text_pieces
-    c4 = re.fullmatch(r"c4(?::(\d+))?", data)
-    if c4 and 1 <= (shards := int(c4[1] or 4)) <= 1024:
-        shard = "allenai/c4/resolve/main/en/c4-train.{:05d}-of-01024.json.gz"
-        return f"c4-{shards}", [download(shard.format(i)) for i in range(shards)], json_texts
-    if data == "stdlib":
-        name, path = data, Path(sysconfig.get_path("stdlib"))
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test",     # not everywhere
-                "encodings", "pydoc_data"}      # tables, each almost a copy of the next
-        files = [f for f in path.rglob("*.py") if not skip & {*f.relative_to(path).parts}]
-    elif (path := Path(data).expanduser()).exists():
-        name = re.sub(r"\W+", "-", path.resolve().name)[:40]
-        files = [f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path)}"]   # not hidden
-        files = [f for f in files or [path] if f.is_file()]     # rglob of a file finds nothing
-    else:
-        sys.exit(f"prepare.py: --data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to "
-                 f"1024 shards, or a file or folder that exists")
-    good = [f for f in sorted(files) if is_text(f)]
-    if len(good) < len(files):
-        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files, not UTF-8 or empty")
-    return f"{name}-{sha256(good)[:8]}", good, text_pieces
-
-
-def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tuple[str, str]]:
-    """Yield (split, text) of each document, always in the same order; share: of val, of test."""
-    seen, size = set(), dict.fromkeys(SPLITS, 0)
-    shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    together = reader is text_pieces and len(files) >= MANY_FILES   # parts of one are alike
-    for file in files:
-        split = ""
-        for text in reader(file):
-            if len(text.strip()) < SHORTEST or hash(text) in seen:
-                continue
-            seen.add(hash(text))    # all that stays in memory: 100 bytes a document
-            # The split that is furthest behind: val and test come from all over the text.
-            if not (split and together):    # once a file, or once a document
-                split = min(SPLITS, key=lambda s: size[s] / shares[s])
-            size[split] += len(text)
-            yield split, text
-
-
-# ---- 3  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
-
-# Every character falls into exactly one word, as in GPT-2. A letter keeps its marks: \w lacks them,
-# and the vowels of Hindi and Thai are marks. Words are bounded, so that encoding stays linear.
-MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
-WORD = rf" ?(?:[^\W\d][{MARKS}]{{0,4}}){{1,32}}|\d{{1,3}}| ?[^\s\w]{{1,16}}|\s{{1,64}}(?!\S)|\s"
-SAMPLE = 64_000_000     # characters of training text that the merges are learned from
-COMMON = 200_000        # words among them that count; the others are too rare to win a merge
-KNOWN = 500_000         # words whose tokens a process remembers: some 100 MB
-
-
-def join(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
-    """Return `word` with `token` in the place of each `pair`, from the left."""
-    joined = [-1]
-    for this in word:
-        if (joined[-1], this) == pair:
-            joined[-1] = token
-        else:
-            joined.append(this)
-    return joined[1:]
-
-
-class Tokenizer:
-    """Text to tokens and back: 0..255 are bytes, 256 + i is `merges[i]`, the last is END.
-
-    >>> Tokenizer([(104, 105)]).encode("hi, hi")
-    [256, 44, 32, 256]
-    """
-
-    def __init__(self, merges: list[tuple[int, int]]):
-        self.rank = {tuple(pair): 256 + i for i, pair in enumerate(merges)}     # pair -> its token
-        self.bytes = [bytes([i]) for i in range(256)]   # of each token, perhaps half a character
-        for left, right in self.rank:
-            self.bytes.append(self.bytes[left] + self.bytes[right])
-        self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
-        self.lengths = np.array([len(data) for data in self.bytes])
-        self.known = functools.lru_cache(KNOWN)(self.merge)     # words repeat: merge each only once
-
-    def encode(self, text: str) -> list[int]:
-        return list(itertools.chain.from_iterable(map(self.known, re.findall(WORD, text))))
-
-    def merge(self, word: str) -> list[int]:
-        """Return the tokens of a word: of the pairs in it, the earliest learned is joined first."""
-        tokens = list(word.encode("utf-8", "surrogatepass"))
-        while known := self.rank.keys() & set(itertools.pairwise(tokens)):
-            pair = min(known, key=self.rank.get)
-            tokens = join(tokens, pair, self.rank[pair])
-        return tokens
-
-    def decode(self, tokens: list[int]) -> str:
-        """Return the text of `tokens`; what is not UTF-8 in it becomes replacement characters."""
-        return b"".join(self.bytes[token] for token in tokens).decode("utf-8", "replace")
-
-
-def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
-    """Return at most `count` merges: again and again the most frequent pair of neighbours."""
-    counter, characters = collections.Counter(), 0
-    for text in texts:
-        counter.update(re.findall(WORD, text))
-        characters += len(text)
-        if characters > SAMPLE:
-            break
-    common = counter.most_common(COMMON)        # each word is held once, with its count
-    words = [list(word.encode("utf-8", "surrogatepass")) for word, _ in common]
-    counts = collections.Counter()              # pair -> how often it occurs
-    where = collections.defaultdict(set)        # pair -> words that have it, or had it once
-    for i, word in enumerate(words):
-        for pair in itertools.pairwise(word):
-            counts[pair] += common[i][1]
-            where[pair].add(i)
-    heap = [(-n, pair) for pair, n in counts.items()]       # the most frequent comes out first
-    heapq.heapify(heap)
-    merges = []
-    while heap and len(merges) < count:
-        negative, pair = heapq.heappop(heap)
-        if -negative != counts[pair]:           # other merges have used some of them up since
-            heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        if -negative < 2:
-            break
-        token, fresh = 256 + len(merges), set()
-        merges.append(pair)
-        for i in where.pop(pair):               # only words with the pair change
-            for old in itertools.pairwise(words[i]):
-                counts[old] -= common[i][1]
-            words[i] = join(words[i], pair, token)
-            for new in itertools.pairwise(words[i]):
-                counts[new] += common[i][1]
-                if token in new:
-                    where[new].add(i)
-                    fresh.add(new)
-        for new in fresh:
-            heapq.heappush(heap, (-counts[new], new))
-    return merges
-
-
-# ---- 4  Tokens: the documents of each split as one flat file of uint16 ---------------------------
-
-def start_worker(merges: list[tuple[int, int]]):
-    global _tokenizer
-    _tokenizer = Tokenizer(merges)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process
-
-
-def encode_document(document: tuple[str, str]) -> tuple[str, int, bytes]:
-    """Return (split, bytes of text, its tokens as uint16)."""
-    split, text = document
-    tokens = [*_tokenizer.encode(text), END]
-    return split, len(text.encode("utf-8", "surrogatepass")), np.array(tokens, np.uint16).tobytes()
-
-
-def make(folder: Path, name: str, files: list[Path], reader: Callable):
-    """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
-    # A GPU needs more tokens for its longer windows; 7.9 MB of Python sources have to be enough.
-    small = sum(file.stat().st_size for file in files) < 100e6
-    share = (0.08 if CUDA else 0.06) if small else 0.01
-    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens, then encoding", flush=True)
-    texts = (text for split, text in documents(files, reader, share) if split == "train")
-    merges = learn_merges(texts, VOCAB_SIZE - 257)
-    (folder / "tokenizer.json").write_text(json.dumps(merges))
-    bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
-    count = size = 0
-    with multiprocessing.Pool(torch.get_num_threads(), start_worker, [merges]) as pool:
-        # In order; the pipe to the workers keeps imap from reading far ahead.
-        for split, length, data in pool.imap(encode_document, documents(files, reader, share), 50):
-            bins[split].write(data)
-            count, size = count + 1, size + length
-    tokens = {split: file.tell() // 2 for split, file in bins.items()}
-    for file in bins.values():
-        file.close()
-    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test
-    if min(tokens["val"], tokens["test"]) < need:       # of 5 bytes at most, on average
-        sys.exit(f"prepare.py: too little text in {name}: a score needs about "
-                 f"{5 * need / share / 1e6:.1f} MB")
-    bytes_per_token = round(size / (sum(tokens.values()) - count), 4)       # END has no bytes
-    print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
-    (folder / "meta.json").write_text(json.dumps({
-        "name": name, "documents": count, "bytes_per_token": bytes_per_token,
-        "train_tokens": tokens["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
-
-
-def prepare(data: str) -> Path:
-    """Make `data` ready, unless it is, and return its folder."""
-    (CACHE / "downloads").mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)    # one process at a time, until the file is closed
-        except OSError as error:                # as on some network file systems
-            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
-        name, files, reader = source(data)
-        folder = CACHE / f"{name}-v{VOCAB_SIZE}"
-        half = CACHE / f"{folder.name}.part"
-        if not folder.exists():
-            shutil.rmtree(half, ignore_errors=True)     # of a process that was stopped
-            half.mkdir()
-            make(half, name, files, reader)
-            os.sync()                           # first on the disk, then under its name
-            half.rename(folder)                 # all of it is there, or none
-        (CACHE / "current").write_text(folder.name)
-    return folder
-
-
-def ready(data: str | None) -> Path:
-    """Return the folder of `data`; without it of what was prepared last, or of the default data."""
-    try:
-        last = CACHE / "current"
-        if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
-            return CACHE / last.read_text()
-        return prepare(data or DEFAULT_DATA)
-    except requests.RequestException as error:
-        problem = f"{data or DEFAULT_DATA} cannot be downloaded ({error})"
-        if data:
-            sys.exit(f"prepare.py: --data {problem}: check the network or give --data stdlib")
-        print(f"WARNING: {problem}: going on with stdlib, on a GPU a smoke test. When there is a "
-              f"network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
-        return ready("stdlib")
-    except OSError as error:        # a full disk, a corrupt shard
-        sys.exit(f"prepare.py: {error.strerror or error}; AUTORESEARCH_CACHE can replace {CACHE}")
-    except KeyboardInterrupt:
-        sys.exit("prepare.py: stopped; the same command goes on where it was")
-
-
-# ---- 5  The clock: it starts with the first batch and ends the loop over batches() at the budget -
+# ---- 2  The clock: it starts with the first batch and ends the loop over batches() at the budget -
 
 # On a CPU, the CPU time of the thread that calls train(): another program then decides no verdict.
 seconds_now = thread_time if DEVICE == "cpu" else monotonic
@@ -468,7 +174,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
         yield batch[:, :-1], batch[:, 1:], now / clock.budget
 
 
-# ---- 6  The metric: bits per byte of held-out text, and the probes that make it worth believing --
+# ---- 3  The metric: bits per byte of held-out text, and the probes that make it worth believing --
 
 def bits_per_byte(nats: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> float:
     """Return the bits that a model needs for a byte of text: sum of -log2 p / sum of bytes.
@@ -593,7 +299,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     return {split: bits_per_byte(*part, lengths) for split, *part in parts}
 
 
-# ---- 7  One run: a fresh process, whose main is this file and never the candidate ----------------
+# ---- 4  One run: a fresh process, whose main is this file and never the candidate ----------------
 
 # The candidate runs in the process that judges it, and knows a stub of this file with four names.
 # The driver believes only lines that begin with the key of the run: it is on the command line, as
@@ -750,6 +456,302 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
     print(f"autoresearch: this run is invalid: {reason}", file=sys.stderr, flush=True)
     return 1
 
+
+# ---- 5  Documents: a source is a list of files, and a function that yields the documents of one --
+
+SPLITS = "train", "val", "test"
+PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
+SHORTEST = 64       # characters: a document with less than this is dropped
+MANY_FILES = 50     # from so many files on, a file is whole in one split
+PATIENCE = 8        # seconds: the longest pause between requests that bring nothing: 1, 2, 4, 8
+
+
+def text_pieces(path: Path, errors: str = "replace") -> Iterator[str]:
+    """Yield the documents of a text file: what <|endoftext|> separates, in pieces where long."""
+    rest = ""
+    with path.open(encoding="utf-8", errors=errors, newline="") as file:
+        while chunk := file.read(PIECE) + file.readline(PIECE):     # up to the end of a line
+            *whole, rest = (rest + chunk).split("<|endoftext|>")
+            yield from whole
+            if len(rest) >= PIECE:
+                yield rest
+                rest = ""
+    yield rest
+
+
+def json_texts(path: Path) -> Iterator[str]:
+    """Yield the documents of a gzip file of JSON lines, as C4 comes: {"text": ..., ...}"""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            yield from (json.loads(line)["text"] for line in lines)
+    except Exception as error:
+        raise OSError(f"{path} is corrupt ({error}): delete it, to fetch it again") from error
+
+
+def is_text(path: Path) -> bool:
+    try:
+        return sum(map(len, text_pieces(path, "strict"))) > 0
+    except (UnicodeDecodeError, OSError):
+        return False
+
+
+def download(address: str) -> Path:
+    """Fetch a file of the hub, unless it is there; go on where an earlier try stopped."""
+    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/datasets/{address}"
+    path = CACHE / "downloads" / url.rpartition("/")[2]
+    part, pause = path.with_name(f"{path.name}.part"), 0.5
+    while not path.exists():
+        part.touch()
+        have = part.stat().st_size
+        headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+        try:
+            with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+                if answer.status_code != 416:       # else nothing is left to fetch
+                    answer.raise_for_status()
+                    print(f"{url}: fetching from byte {have} on", flush=True)
+                    # Any answer but 206 ignores Range and brings all of the file.
+                    with part.open("ab" if answer.status_code == 206 else "wb") as file:
+                        file.writelines(answer.iter_content(1 << 16))   # raises if less comes
+            if not part.stat().st_size:
+                raise requests.ConnectionError("nothing came")
+            part.replace(path)
+        except requests.RequestException as error:
+            pause = 1.0 if part.stat().st_size > have else 2 * pause
+            if pause > PATIENCE or getattr(error.response, "status_code", 0) in (401, 403, 404):
+                raise
+            print(f"{path.name}: {error}; again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+    return path
+
+
+def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
+    """Return (name, files, what yields the documents of a file), and download what is missing."""
+    if data == "tinystories":
+        stories = "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
+        return data, [download(stories)], text_pieces
+    c4 = re.fullmatch(r"c4(?::(\d+))?", data)
+    if c4 and 1 <= (shards := int(c4[1] or 4)) <= 1024:
+        shard = "allenai/c4/resolve/main/en/c4-train.{:05d}-of-01024.json.gz"
+        return f"c4-{shards}", [download(shard.format(i)) for i in range(shards)], json_texts
+    if data == "stdlib":
+        name, path = data, Path(sysconfig.get_path("stdlib"))
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test",     # not everywhere
+                "encodings", "pydoc_data"}      # tables, each almost a copy of the next
+        files = [f for f in path.rglob("*.py") if not skip & {*f.relative_to(path).parts}]
+    elif (path := Path(data).expanduser()).exists():
+        name = re.sub(r"\W+", "-", path.resolve().name)[:40]
+        files = [f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path)}"]   # not hidden
+        files = [f for f in files or [path] if f.is_file()]     # rglob of a file finds nothing
+    else:
+        sys.exit(f"prepare.py: --data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to "
+                 f"1024 shards, or a file or folder that exists")
+    good = [f for f in sorted(files) if is_text(f)]
+    if len(good) < len(files):
+        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files, not UTF-8 or empty")
+    return f"{name}-{sha256(good)[:8]}", good, text_pieces
+
+
+def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tuple[str, str]]:
+    """Yield (split, text) of each document, always in the same order; share: of val, of test."""
+    seen, size = set(), dict.fromkeys(SPLITS, 0)
+    shares = {"train": 1 - 2 * share, "val": share, "test": share}
+    together = reader is text_pieces and len(files) >= MANY_FILES   # parts of one are alike
+    for file in files:
+        split = ""
+        for text in reader(file):
+            if len(text.strip()) < SHORTEST or hash(text) in seen:
+                continue
+            seen.add(hash(text))    # all that stays in memory: 100 bytes a document
+            # The split that is furthest behind: val and test come from all over the text.
+            if not (split and together):    # once a file, or once a document
+                split = min(SPLITS, key=lambda s: size[s] / shares[s])
+            size[split] += len(text)
+            yield split, text
+
+
+# ---- 6  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
+
+# Every character falls into exactly one word, as in GPT-2. A letter keeps its marks: \w lacks them,
+# and the vowels of Hindi and Thai are marks. Words are bounded, so that encoding stays linear.
+MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
+WORD = rf" ?(?:[^\W\d][{MARKS}]{{0,4}}){{1,32}}|\d{{1,3}}| ?[^\s\w]{{1,16}}|\s{{1,64}}(?!\S)|\s"
+SAMPLE = 64_000_000     # characters of training text that the merges are learned from
+COMMON = 200_000        # words among them that count; the others are too rare to win a merge
+KNOWN = 500_000         # words whose tokens a process remembers: some 100 MB
+
+
+def join(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
+    """Return `word` with `token` in the place of each `pair`, from the left."""
+    joined = [-1]
+    for this in word:
+        if (joined[-1], this) == pair:
+            joined[-1] = token
+        else:
+            joined.append(this)
+    return joined[1:]
+
+
+class Tokenizer:
+    """Text to tokens and back: 0..255 are bytes, 256 + i is `merges[i]`, the last is END.
+
+    >>> Tokenizer([(104, 105)]).encode("hi, hi")
+    [256, 44, 32, 256]
+    """
+
+    def __init__(self, merges: list[tuple[int, int]]):
+        self.rank = {tuple(pair): 256 + i for i, pair in enumerate(merges)}     # pair -> its token
+        self.bytes = [bytes([i]) for i in range(256)]   # of each token, perhaps half a character
+        for left, right in self.rank:
+            self.bytes.append(self.bytes[left] + self.bytes[right])
+        self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
+        self.lengths = np.array([len(data) for data in self.bytes])
+        self.known = functools.lru_cache(KNOWN)(self.merge)     # words repeat: merge each only once
+
+    def encode(self, text: str) -> list[int]:
+        return list(itertools.chain.from_iterable(map(self.known, re.findall(WORD, text))))
+
+    def merge(self, word: str) -> list[int]:
+        """Return the tokens of a word: of the pairs in it, the earliest learned is joined first."""
+        tokens = list(word.encode("utf-8", "surrogatepass"))
+        while known := self.rank.keys() & set(itertools.pairwise(tokens)):
+            pair = min(known, key=self.rank.get)
+            tokens = join(tokens, pair, self.rank[pair])
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of `tokens`; what is not UTF-8 in it becomes replacement characters."""
+        return b"".join(self.bytes[token] for token in tokens).decode("utf-8", "replace")
+
+
+def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
+    """Return at most `count` merges: again and again the most frequent pair of neighbours."""
+    counter, characters = collections.Counter(), 0
+    for text in texts:
+        counter.update(re.findall(WORD, text))
+        characters += len(text)
+        if characters > SAMPLE:
+            break
+    common = counter.most_common(COMMON)        # each word is held once, with its count
+    words = [list(word.encode("utf-8", "surrogatepass")) for word, _ in common]
+    counts = collections.Counter()              # pair -> how often it occurs
+    where = collections.defaultdict(set)        # pair -> words that have it, or had it once
+    for i, word in enumerate(words):
+        for pair in itertools.pairwise(word):
+            counts[pair] += common[i][1]
+            where[pair].add(i)
+    heap = [(-n, pair) for pair, n in counts.items()]       # the most frequent comes out first
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < count:
+        negative, pair = heapq.heappop(heap)
+        if -negative != counts[pair]:           # other merges have used some of them up since
+            heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        if -negative < 2:
+            break
+        token, fresh = 256 + len(merges), set()
+        merges.append(pair)
+        for i in where.pop(pair):               # only words with the pair change
+            for old in itertools.pairwise(words[i]):
+                counts[old] -= common[i][1]
+            words[i] = join(words[i], pair, token)
+            for new in itertools.pairwise(words[i]):
+                counts[new] += common[i][1]
+                if token in new:
+                    where[new].add(i)
+                    fresh.add(new)
+        for new in fresh:
+            heapq.heappush(heap, (-counts[new], new))
+    return merges
+
+
+# ---- 7  Tokens: the documents of each split as one flat file of uint16 ---------------------------
+
+def start_worker(merges: list[tuple[int, int]]):
+    global _tokenizer
+    _tokenizer = Tokenizer(merges)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process
+
+
+def encode_document(document: tuple[str, str]) -> tuple[str, int, bytes]:
+    """Return (split, bytes of text, its tokens as uint16)."""
+    split, text = document
+    tokens = [*_tokenizer.encode(text), END]
+    return split, len(text.encode("utf-8", "surrogatepass")), np.array(tokens, np.uint16).tobytes()
+
+
+def make(folder: Path, name: str, files: list[Path], reader: Callable):
+    """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
+    # A GPU needs more tokens for its longer windows; 7.9 MB of Python sources have to be enough.
+    small = sum(file.stat().st_size for file in files) < 100e6
+    share = (0.08 if CUDA else 0.06) if small else 0.01
+    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens, then encoding", flush=True)
+    texts = (text for split, text in documents(files, reader, share) if split == "train")
+    merges = learn_merges(texts, VOCAB_SIZE - 257)
+    (folder / "tokenizer.json").write_text(json.dumps(merges))
+    bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
+    count = size = 0
+    with multiprocessing.Pool(torch.get_num_threads(), start_worker, [merges]) as pool:
+        # In order; the pipe to the workers keeps imap from reading far ahead.
+        for split, length, data in pool.imap(encode_document, documents(files, reader, share), 50):
+            bins[split].write(data)
+            count, size = count + 1, size + length
+    tokens = {split: file.tell() // 2 for split, file in bins.items()}
+    for file in bins.values():
+        file.close()
+    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test
+    if min(tokens["val"], tokens["test"]) < need:       # of 5 bytes at most, on average
+        sys.exit(f"prepare.py: too little text in {name}: a score needs about "
+                 f"{5 * need / share / 1e6:.1f} MB")
+    bytes_per_token = round(size / (sum(tokens.values()) - count), 4)       # END has no bytes
+    print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
+    (folder / "meta.json").write_text(json.dumps({
+        "name": name, "documents": count, "bytes_per_token": bytes_per_token,
+        "train_tokens": tokens["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
+
+
+def prepare(data: str) -> Path:
+    """Make `data` ready, unless it is, and return its folder."""
+    (CACHE / "downloads").mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)    # one process at a time, until the file is closed
+        except OSError as error:                # as on some network file systems
+            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
+        name, files, reader = source(data)
+        folder = CACHE / f"{name}-v{VOCAB_SIZE}"
+        half = CACHE / f"{folder.name}.part"
+        if not folder.exists():
+            shutil.rmtree(half, ignore_errors=True)     # of a process that was stopped
+            half.mkdir()
+            make(half, name, files, reader)
+            os.sync()                           # first on the disk, then under its name
+            half.rename(folder)                 # all of it is there, or none
+        (CACHE / "current").write_text(folder.name)
+    return folder
+
+
+def ready(data: str | None) -> Path:
+    """Return the folder of `data`; without it of what was prepared last, or of the default data."""
+    try:
+        last = CACHE / "current"
+        if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
+            return CACHE / last.read_text()
+        return prepare(data or DEFAULT_DATA)
+    except requests.RequestException as error:
+        problem = f"{data or DEFAULT_DATA} cannot be downloaded ({error})"
+        if data:
+            sys.exit(f"prepare.py: --data {problem}: check the network or give --data stdlib")
+        print(f"WARNING: {problem}: going on with stdlib, on a GPU a smoke test. When there is a "
+              f"network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
+        return ready("stdlib")
+    except OSError as error:        # a full disk, a corrupt shard
+        sys.exit(f"prepare.py: {error.strerror or error}; AUTORESEARCH_CACHE can replace {CACHE}")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: stopped; the same command goes on where it was")
+
+
+# ---- 8  Command line -----------------------------------------------------------------------------
 
 def by_hand(path: str):
     """Run the train.py at `path` as the driver would, in a process of its own."""
