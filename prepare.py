@@ -1,15 +1,14 @@
-"""The ground that stands still: data, tokenizer, batches, the clock and the metric.
+"""The fixed part: data, tokenizer, batches, the clock and the metric.
 
-    python prepare.py                     # what was prepared last; at first c4, stdlib without CUDA
-    python prepare.py --data stdlib       # the Python sources of every installation; no network
+    python prepare.py                     # take the last data set; the first time c4 or python
+    python prepare.py --data python       # the sources of Python, torch and numpy; no network
     python prepare.py --data tinystories  # children's stories, 2.2 GB
     python prepare.py --data c4:8         # eight shards of web text, 0.8 GB each
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
 
-Nobody edits this file during research, so two scores can be compared. It does not cover code that
-attacks the machine: a train.py runs with your rights. README.md shows the line for a sandbox.
+Nobody edits this file during research. A train.py can do what you can; README.md has a sandbox.
 """
-# ruff: noqa: E402  (what has to be done before torch is imported stands before it)
+# ruff: noqa: E402, UP036  (what has to be done before torch is imported stands before it)
 
 import argparse
 import ast
@@ -19,6 +18,7 @@ import functools
 import gzip
 import hashlib
 import heapq
+import importlib
 import itertools
 import json
 import math
@@ -36,9 +36,13 @@ import traceback
 import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from time import monotonic, thread_time  # by name: a candidate may patch time
+from typing import BinaryIO
 
+if sys.version_info < (3, 11):
+    sys.exit(f"prepare.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
 try:
     import fcntl
     import resource
@@ -63,40 +67,42 @@ CUDA = DEVICE == "cuda"
 SEQ_LEN = 2048 if CUDA else 256        # tokens in a window of evaluation, by default of training
 VOCAB_SIZE = 8192 if CUDA else 2048    # tokens: 256 bytes, the merges, one that ends a document
 BUDGET = 300 if CUDA else 60           # seconds of training in a run
-DEFAULT_DATA = "c4" if CUDA else "stdlib"
+DEFAULT_DATA = "c4" if CUDA else "python"
 
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
 EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in val and in test, if there are so many
 MIN_WINDOWS = 64           # below this a score would say little
-OVERTIME = 0.02            # share of the budget for work after the last batch; worth 0.002 bpb ...
-ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # ... or so many seconds, if that is more
-# Seconds that calls of evaluation may take too long: a CPU is interrupted; a GPU's is an estimate.
-HICCUP = 1.0 if DEVICE == "cpu" else 5.0
+# After the last batch train() may go on for max(OVERTIME * budget, ONE_STEP) seconds.
+OVERTIME = 0.02            # a share of the budget; training on for it gains 0.002 bpb
+ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0
+HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that slow calls of evaluation may lose in all
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
-EVAL_LIMIT = 180 if CUDA else 300               # wall-clock seconds for evaluation
+EVAL_LIMIT = 300           # wall-clock seconds for evaluation
 
 END = VOCAB_SIZE - 1       # the token that ends a document; it stands for no bytes
-CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+# Without a home folder, expanduser() changes nothing.
+CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or
+             os.path.expanduser("~/.cache/autoresearch").replace("~/", "/tmp/"))
 
 
 def sha256(paths: list[Path]) -> str:
     """Return one fingerprint of the contents of files, none of them empty."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(np.memmap(path, mode="r"))    # never in memory as a whole
-        digest.update(b"\xff")      # where a file ends; UTF-8 never has this byte
-    return digest.hexdigest()
+    each = [hashlib.sha256(np.memmap(path, mode="r")).digest() for path in paths]
+    return hashlib.sha256(b"".join(each)).hexdigest()
 
 
 def check_card():
-    """End if torch cannot compute on the GPU; warn if it sees none where one is."""
+    """End if torch cannot compute on the GPU; warn if it sees none or if the GPU is in use."""
     try:
         torch.ones(1, device="cuda" if CUDA else "cpu").item()      # the smallest of kernels
     except RuntimeError as error:
-        sys.exit(f"prepare.py: {str(error).splitlines()[0]}: torch is built for "
-                 f"{torch.cuda.get_arch_list()}, the GPU is {torch.cuda.get_device_capability()}: "
-                 f"install a torch for it, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU")
-    # CUDA_VISIBLE_DEVICES hides a GPU on purpose.
+        why = str(error).partition("\n")[0]
+        hint = ": install a torch for it" if "no kernel image" in why else ""
+        sys.exit(f"prepare.py: {why}{hint}; CUDA_VISIBLE_DEVICES=-1 trains on the CPU")
+    free, total = torch.cuda.mem_get_info() if CUDA else (1, 1)
+    if free < 0.9 * total:
+        print(f"WARNING: other programs use the GPU: {free / 1e9:.1f} of {total / 1e9:.1f} GB are "
+              f"free; nvidia-smi names them", file=sys.stderr)
     if DEVICE == "cpu" and "CUDA_VISIBLE_DEVICES" not in os.environ and shutil.which("nvidia-smi"):
         print(f"WARNING: torch {torch.__version__} (CUDA: {torch.version.cuda}) cannot use the "
               f"NVIDIA GPU: install a torch for the CUDA that nvidia-smi names", file=sys.stderr)
@@ -104,7 +110,7 @@ def check_card():
 
 # ---- 2  The clock: it starts with the first batch and ends the loop over batches() at the budget -
 
-# On a CPU, the CPU time of the thread that calls train(): another program then decides no verdict.
+# On a CPU: the time of the thread that calls train(), which other programs cannot change.
 seconds_now = thread_time if DEVICE == "cpu" else monotonic
 synchronize = torch.cpu.synchronize if DEVICE == "cpu" else torch.accelerator.synchronize
 
@@ -113,25 +119,13 @@ class Clock:
     """The budget of a run, and what the run has used of it."""
 
     def __init__(self, tokens: np.ndarray, seed: int, budget: float, tell: Callable):
-        self.tokens, self.budget = tokens, budget
-        self.tell = tell        # tell("phase", limit=s): the next phase begins within s seconds
-        self.rng = np.random.default_rng(seed)      # of the order of the windows
-        self.thread = threading.get_ident()         # the one whose time counts
-        self.start: float | None = None             # there is none before the first batch
-        self.startup = 0.0                          # wall-clock seconds before the first batch
+        self.tokens, self.budget, self.tell = tokens, budget, tell
+        self.rng = np.random.default_rng(seed)      # decides the order of the windows
+        self.thread = threading.get_ident()         # the thread whose time counts
+        self.start = None                           # when the first batch was handed out
+        self.last = 0.0                             # when the last one was, after the start
         self.steps = self.seen = 0                  # batches and tokens handed out
-
-
-def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield windows of length + 1 tokens forever. Each epoch has all of them, at a new offset."""
-    # Five windows come in the order 0, 2, 4, 1, 3: wherever a run ends, it has seen all parts of
-    # the text alike. Scores of equal steps scatter by 0.0025 bpb so, and by 0.006 if shuffled.
-    golden_ratio = (1 + 5 ** 0.5) / 2       # its multiples, modulo 1, are spread most evenly (Weyl)
-    while True:
-        offset = rng.integers(length)
-        count = (len(tokens) - 1 - offset) // length
-        for i in np.argsort((np.arange(count) * golden_ratio + rng.random()) % 1):
-            yield tokens[offset + i * length:offset + (i + 1) * length + 1]
+        self.done = torch.cuda.Event() if CUDA else None    # when the GPU is done with a step
 
 
 def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
@@ -143,35 +137,46 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
     clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.rng)
     if not 0 < seq_len < len(clock.tokens) // 2:
         raise ValueError(f"seq_len {seq_len}: there are {len(clock.tokens)} tokens to train on")
-    done = torch.cuda.Event() if CUDA else None     # when the GPU is done with a step
-    last, reported = math.inf, -math.inf    # times of the last batch, of the last progress event
     while True:
         if threading.get_ident() != clock.thread:
             raise RuntimeError("batches() belongs to the thread that calls train()")
+        if clock.start is None:         # before the first look at the data
+            synchronize()
+            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # other programs may slow a CPU
+            clock.tell("training", limit=most * clock.budget + 10)
+            clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
         batch = np.stack(list(itertools.islice(windows, batch_size))).astype(np.int64)
         pinned = torch.from_numpy(batch).pin_memory() if CUDA else torch.from_numpy(batch)
         batch = pinned.to(DEVICE, non_blocking=True)
-        if CUDA and clock.steps > 1:    # the GPU always has one more step to do, never two
-            done.synchronize()          # with the step before the last
-            done.record()
-        else:                           # the first step is timed to its end, before a second
+        # The CPU prepares a step while the GPU computes the one before, so that it is never idle.
+        if CUDA and clock.steps > 1:
+            clock.done.synchronize()    # recorded one batch ago: all steps but the last are done
+            clock.done.record()
+        elif clock.steps:
             synchronize()
-        if clock.start is None:
-            cap = 4 * clock.budget if DEVICE == "cpu" else clock.budget * (1 + OVERTIME)
-            clock.tell("training", limit=cap + 10)      # 4: a CPU may have other load
-            clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
         now = seconds_now() - clock.start
-        step, last = max(0.0, now - last), now          # 0 at the first of a loop
-        # No batch without the time that the last one took. A GPU is still at the last one.
-        if now + step * (2 if CUDA else 1) >= clock.budget:
+        # A step takes about as long as the last one, which on a GPU is still running, too.
+        if now + (now - clock.last) * (2 if CUDA else 1) >= clock.budget:
             break
-        if now - reported >= 1:
-            reported = now
+        if clock.steps == 0 or int(now) > int(clock.last):      # once per second
             speed = clock.seen / (now or 1)
             clock.tell("progress", share=now / clock.budget, tokens_per_second=speed)
+        clock.last = now
         clock.steps += 1
         clock.seen += batch_size * seq_len
         yield batch[:, :-1], batch[:, 1:], now / clock.budget
+
+
+def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield windows of length + 1 tokens forever. Each epoch has all of them, at a new offset."""
+    # Five windows come in the order 0, 2, 4, 1, 3: wherever a run ends, it has seen all parts of
+    # the text alike. So scores of runs of equally many steps scatter by 0.0025 bpb, not 0.006.
+    golden_ratio = (1 + 5 ** 0.5) / 2       # its multiples, modulo 1, are spread most evenly
+    while True:
+        offset = rng.integers(length)
+        count = (len(tokens) - 1 - offset) // length
+        for i in np.argsort((np.arange(count) * golden_ratio + rng.random()) % 1):
+            yield tokens[offset + i * length:offset + (i + 1) * length + 1]
 
 
 # ---- 3  The metric: bits per byte of held-out text, and the probes that make it worth believing --
@@ -190,101 +195,32 @@ class Invalid(Exception):
     """A run whose score would mean nothing. The text says why."""
 
 
-def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.ndarray:
-    """Return -ln p(y[i, t]) given x[i, :t+1]: two int64 (B, T) -> float32 (B, T)."""
-    torch.manual_seed(int(rng.integers(2 ** 63)))   # torch's random state remembers no call
-    # Nothing else is asked of a candidate. A judge in a process of its own would begin here.
-    logits = model(torch.from_numpy(x).to(DEVICE, copy=True))       # it may write into its copy
-    if type(logits) is not torch.Tensor:
-        raise Invalid(f"not a plain tensor of logits, but {type(logits).__name__}")
-    shape = *x.shape, VOCAB_SIZE
-    if logits.shape != shape or not logits.is_floating_point():
-        raise Invalid(f"not floating-point logits {shape}, but {logits.dtype} {logits.shape}")
-    logits = logits.float()
-    targets = torch.from_numpy(y).flatten().to(DEVICE)
-    nats = cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(y.shape).cpu()
-    if not nats.isfinite().all():       # of the nats: -inf for a token that never comes is fair
-        raise Invalid("logits that are not finite, or not so as float32")
-    i, t = (int(rng.integers(size)) for size in x.shape)    # a token by hand: is torch still torch?
-    row, top = logits[i, t].tolist(), logits[i, t].max().item()
-    nat = math.log(sum(math.exp(logit - top) for logit in row)) + top - row[y[i, t]]
-    if not math.isclose(nat, nats[i, t], rel_tol=1e-4, abs_tol=1e-3):   # float32: 1e-6
-        raise Invalid("torch no longer computes cross_entropy: part of it was replaced")
-    return nats.numpy()
-
-
-# A probe asks about a row of a batch again, and lets it go on differently from a cut on:
-#
-#     row      the  cat  sat  on      the  mat
-#     other    in   may  it   rained  all  day     a row of another batch
-#     probe    the  cat  sat  rained  all  day     cut = 3
-#
-# The first 3 predictions, of "cat", "sat" and "on", had the same tokens to go by, and may not
-# change. The rows of a probe also change places, so that each has other neighbours.
-
-
-def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Return where each row of each probe is cut: (probes, rows), in 1 ... length."""
-    chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
-    cuts = chunk * rng.integers(1, length // chunk)         # at ends of chunks of 2, 4, 8, ...
-    cuts[:, 1::2] = np.resize(1 + rng.permutation(length - 1), (probes, rows // 2))     # all over
-    cuts[:, 0] = length                                     # one row a probe is whole
-    return rng.permuted(cuts, axis=1)
-
-
-# Rounding changes predictions too: with experts or atomics, a bf16 logit of 4 by 0.01, and by 1 in
-# a few tokens. It has no direction and no place. What is gained by seeing too much has both.
-BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below the noise of seeds
-SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
-SPREAD = 0.02       # nats, the mean size everywhere, the median at the cuts: twice that of bf16
-LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-ties are no leak
-GATHERED = 2, 4     # at most so many of the 3, and of the 16, largest losses may be at cuts
-
-
-def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
-    """Raise Invalid if predictions lost, in nats (P, B, T), more than rounding takes."""
-    to_cut = cuts[..., None] - np.arange(loss.shape[-1])    # above 0: has to stay as it is
-    stays, sign = to_cut > 0, np.where(probed_later, 1, -1)[:, None, None]
-    small = loss.clip(-LARGEST, LARGEST)
-    before, at_cut, learned = small[stays], small[to_cut == 1], (small * sign)[stays]
-    sigma = np.sqrt(np.square(before).mean())
-    unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
-                   for some in (before, at_cut, learned))
-    spread = max(np.abs(before).mean(), np.median(np.abs(at_cut)))
-    # Noise hides a rare leak in a mean, but not at cuts among the largest losses.
-    largest = np.argsort(-loss[stays])[:16]
-    hits = ((to_cut[stays] == 1) & (loss[stays] > SPREAD))[largest]
-    gathered = hits[:3].sum() > GATHERED[0] or hits.sum() > GATHERED[1]
-    if not (unbiased and spread <= SPREAD and not gathered):        # a NaN is refused
-        mps = " (torch's half-precision attention leaks: pytorch issue 195910)" * (DEVICE == "mps")
-        raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions: by "
-                      f"{at_cut.mean():+.4f} nats just before them, {before.mean():+.4f} in all, "
-                      f"{spread:.4f} in size, {learned.mean():+.4f} from call to call{mps}; logits "
-                      f"may depend on tokens[:t+1] of their row alone (fp8 by batch mixes rows)")
-
-
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: float = 0) -> dict:
-    """Return {split: bits per byte} of {split: tokens}. Raises Invalid if it knows too much."""
-    rng = np.random.default_rng()       # seeded by the system: no candidate knows it
+    """Return {split: bits per byte} of {split: tokens}. Raises Invalid if the model cheats."""
+    rng = np.random.default_rng()       # seeded by the system, so that no candidate knows it
     windows = min(EVAL_WINDOWS, *((len(tokens) - 1) // SEQ_LEN for tokens in splits.values()))
-    size = windows // EVAL_ROWS * EVAL_ROWS * SEQ_LEN
-    text = np.stack([tokens[:size + 1] for tokens in splits.values()]).astype(np.int64)
-    x, y = (part.reshape(-1, EVAL_ROWS, SEQ_LEN) for part in (text[:, :-1], text[:, 1:]))
+    windows -= windows % EVAL_ROWS
+    text = [tokens[(len(tokens) - 1) // windows * i:][:SEQ_LEN + 1]     # from all over the text
+            for tokens in splits.values() for i in range(windows)]
+    text = np.stack(text).reshape(-1, EVAL_ROWS, SEQ_LEN + 1).astype(np.int64)
+    x, y = text[..., :-1].copy(), text[..., 1:].copy()
     cuts = choose_cuts(*x.shape, rng)
-    times = [seconds_now()]             # and then after each call
-    # A first call, on tokens that mean nothing: some models fold their weights together in it.
+    times = [seconds_now()]             # and then one more after each call
+    # The first call has random tokens, and no score: some models fold their weights in it.
     token_nats(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0], rng)
     try:
-        models = model, copy.deepcopy(model)    # the copy does not know what the model answers
-    except Exception:                           # something cannot be copied: probe it as it is
+        models = model, copy.deepcopy(model)    # the copy cannot remember what the model answered
+    except Exception:                           # some models cannot be copied; probe the model
         models = model, model
     times.append(seconds_now())
-    nats, turns = np.empty((2, *x.shape)), np.empty((2, len(x)))
-    # Each batch is scored once and probed once, all in one random order.
+    nats = np.empty((2, *x.shape))
+    turns = np.empty((2, len(x)))
+    # Each batch is scored (probe = 0) and probed (probe = 1), in one random order, so that a model
+    # cannot tell which of both a call is.
     for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
         tokens, rows = x[i], rng.permutation(EVAL_ROWS)
-        if probe:
+        if probe:       # another batch's rows replace what follows the cuts: see the drawing below
             other = rng.permutation(x[i - rng.integers(1, len(x))])
             tokens = np.where(np.arange(SEQ_LEN) < cuts[i, :, None], tokens, other)
         nats[probe, i, rows] = token_nats(models[probe], tokens[rows], y[i, rows], rng)
@@ -292,131 +228,173 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
         times.append(seconds_now())
     refuse_leaks(nats[1] - nats[0], cuts, turns[1] > turns[0])
     seconds = np.diff(times)
-    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # what some took much longer
+    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # what slow calls took too long
     if not put_off <= max(slack, HICCUP):
         raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
     parts = zip(splits, np.split(nats[0], len(splits)), np.split(y, len(splits)))
     return {split: bits_per_byte(*part, lengths) for split, *part in parts}
 
 
+def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.ndarray:
+    """Return -ln p(y[i, t]) given x[i, :t+1]: two int64 (B, T) -> float32 (B, T)."""
+    torch.manual_seed(int(rng.integers(2 ** 63)))   # else the random state could count the calls
+    # This is the only call of the candidate's model. It may write into its copy of x.
+    logits = model(torch.from_numpy(x).to(DEVICE, copy=True))
+    refuse_patches()
+    if type(logits) is not torch.Tensor:
+        raise Invalid(f"not a plain tensor of logits, but {type(logits).__name__}")
+    logits = torch.Tensor.detach(logits)    # without attributes that a candidate may have set
+    shape = *x.shape, VOCAB_SIZE
+    if logits.shape != shape or not logits.is_floating_point():
+        raise Invalid(f"not floating-point logits {shape}, but {logits.dtype} {logits.shape}")
+    targets = torch.from_numpy(y).flatten().to(DEVICE)
+    nats = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+    nats = nats.view(y.shape).cpu()
+    if not nats.isfinite().all():       # a logit of -inf is fine for a token that never comes
+        raise Invalid("logits that are not finite, or not so as float32")
+    return nats.numpy()
+
+
+# A probe asks about a row again, and from a cut on lets it go on as a row of another batch does:
+#
+#     row      the  cat  sat  on      the  mat
+#     probe    the  cat  sat  rained  all  day     cut = 3
+#
+# The first 3 predictions, of "cat", "sat" and "on", had the same tokens to go by, and may not
+# change. The rows of each call also change places, so that each has other neighbours.
+
+
+def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Return where each row of each probe is cut: (probes, rows), in 1 ... length."""
+    # Almost half of the rows are cut where chunks of 2, 4, 8, ... tokens end: sums over chunks
+    # leak there. Others are cut all over. One row per probe is whole: it shows other rows and
+    # calls.
+    chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
+    cuts = chunk * rng.integers(1, length // chunk)
+    cuts[:, 1::2] = np.resize(1 + rng.permutation(length - 1), (probes, rows // 2))
+    cuts[:, 0] = length
+    return rng.permuted(cuts, axis=1)
+
+
+# Rounding changes predictions too: in bf16 by 0.01, and by 1 in a few tokens. It has no direction
+# and no place. What is gained by seeing too much has both. Example: where a chunk of 64 tokens ends
+# one token too late, the prediction before a cut loses 0.06 nats; the mean over all, 0.0004.
+BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below the noise of seeds
+SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
+SPREAD = 0.02       # nats: limit of the mean size, and of the median at cuts; bf16 has half
+LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-ties are no leak
+GATHERED = 2, 4     # so many of the 3 largest losses may be at cuts, and of the 16 largest
+
+
+def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
+    """Raise Invalid if predictions lost, in nats (P, B, T), more than rounding takes."""
+    to_cut = cuts[..., None] - np.arange(loss.shape[-1])
+    stays = to_cut > 0              # a prediction from tokens before the cut alone
+    small = loss.clip(-LARGEST, LARGEST)
+    before, at_cut = small[stays], small[to_cut == 1]
+    # A loss above 0 means that the probe did worse. A model that learns from call to call does
+    # better in the later one.
+    learned = (small * np.where(probed_later, 1, -1)[:, None, None])[stays]
+    sigma = np.sqrt(np.square(before).mean())
+    unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
+                   for some in (before, at_cut, learned))
+    spread = max(np.abs(before).mean(), np.median(np.abs(at_cut)))
+    # Noise hides a rare leak in a mean, but not where the largest losses gather: at cuts.
+    largest = np.argsort(-loss[stays])[:16]
+    hits = ((to_cut[stays] == 1) & (loss[stays] > SPREAD))[largest]
+    gathered = hits[:3].sum() > GATHERED[0] or hits.sum() > GATHERED[1]
+    if not (unbiased and spread <= SPREAD and not gathered):        # a NaN is refused
+        raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions: by "
+                      f"{at_cut.mean():+.4f} nats just before them, {before.mean():+.4f} in all, "
+                      f"{spread:.4f} in size, {learned.mean():+.4f} from call to call; logits may "
+                      f"depend on tokens[:t+1] of their row alone (fp8 by batch mixes rows)")
+
+
 # ---- 4  One run: a fresh process, whose main is this file and never the candidate ----------------
 
 # The candidate runs in the process that judges it, and knows a stub of this file with four names.
-# The driver believes only lines that begin with the key of the run: it is on the command line, as
-# that passes through every launcher, and gone from sys.argv before the candidate begins.
+# The driver believes only lines that begin with the run's key, which main() hides from a candidate.
 
-# A candidate may use what torch and numpy hold themselves. Of what lies deeper, this is open to it:
-OPEN = [f"torch.{path}." for path in """_dynamo.config _inductor.config accelerator amp autograd
-    backends compiler cpu cuda distributions fft func jit.script library.custom_op linalg mps nested
-    nn ops optim random sparse special utils.checkpoint version""".split()]
-OPEN += ["numpy.fft.", "numpy.lib.stride_tricks.", "numpy.linalg.", "numpy.random."]
-CLOSED = re.compile(r"""(?x)    # by the name that an object gives itself
-    (numpy | torch)\.(load\w* | save(z\w* | txt)? | memmap | from(file|regex) | genfromtxt)
-    | (numpy | random | torch)\.(seed\w* | set_?state | default_rng | Generator | Random(State)?
-        | [A-Z]+\d+\w*)     # SFC64, PCG64, MT19937
-    | gc\.get_\w+ | operator\.(attrgetter | methodcaller) | string\.Formatter | typing\.get_\w+""")
+MODULES = """__future__ bisect cmath collections contextlib copy dataclasses enum functools gc
+    heapq itertools json math numpy operator prepare random re statistics string time torch types
+    typing warnings""".split()
 
-
-def objection(path: str, is_set: bool) -> str:
-    """Return why a candidate may not use, or set, what a path like torch.nn.Linear leads to."""
-    root, *parts = path.split(".")
-    is_open = OPEN if root in ("numpy", "torch") else [f"{root}."]
-    value, prefix = sys.modules[root], f"{root}."
-    while parts and isinstance(value, types.ModuleType):
-        prefix, value = f"{value.__name__}.{parts[0]}.", getattr(value, parts.pop(0), None)
-        if is_module := isinstance(value, types.ModuleType):
-            prefix = f"{value.__name__}."            # torch.importlib is importlib
-        allowed = any(name.startswith(prefix) or prefix.startswith(name) for name in is_open)
-        if not allowed and (is_module or prefix.count(".") > 2):    # torch.relu needs none
-            return f"{prefix[:-1]} is closed to a candidate"
-        if CLOSED.fullmatch(f"{root}.{getattr(value, '__name__', '')}"):
-            return "no files, no seeds, no attributes by computed names"
-    if is_set and not re.match(r"torch\.(backends|_\w+\.config)\.", prefix):
-        return "only settings may be assigned"
-    return "a module stands only before a dot" if isinstance(value, types.ModuleType) else ""
+CONTRACT = f"""- The score, val_bpb, is the bits per byte of validation text: lower is better.
+- Imports: {", ".join(MODULES)}.
+  Files, processes, threads and the environment are closed, and the driver sets all seeds: leave out
+  `import os` and torch.manual_seed. getattr only with the name written out, no dunder names but
+  those of usual methods, a module's name only before a dot.
+- `import prepare` offers DEVICE, SEQ_LEN, VOCAB_SIZE and batches(batch_size, seq_len=SEQ_LEN).
+- `train()` returns a torch.nn.Module with model(tokens) -> logits, int64 (B, T) -> float
+  (B, T, VOCAB_SIZE), for evaluation at T = SEQ_LEN. Logits at t may depend on tokens[:t+1] of
+  their own row alone, and on nothing of earlier calls: probes check it.
+- `for x, y, progress in prepare.batches(...)` is the only training data and clock: from the first
+  batch until the budget ends the loop; progress is in [0, 1). An epoch has every window once, from
+  all over the text; another call begins a new one, on the same clock. A step is a batch.
+- Before the loop, compiling and warming up are free, for {SETUP_LIMIT} seconds at most. After it,
+  a share of {OVERTIME} of the budget is left, to average weights, say. Evaluation may take
+  {EVAL_LIMIT} seconds, and no work may be put off until then. No function of torch, numpy or
+  Python's library that prepare.py uses may be replaced."""
 
 
-def refuse_modules(source: str):
-    """Raise Invalid where a name leads to what is closed to a candidate, however it is called."""
-    nodes, bound = list(ast.walk(ast.parse(source))), set()     # ("F", "torch.nn.functional"), ...
-    for node in nodes:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            exec(compile(ast.Module([node], []), "train.py", "exec"), {})   # loads submodules
-            parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            for alias in node.names:
-                first = alias.name.partition(".")[0]        # `import torch.nn` binds torch
-                path = alias.name if alias.asname else first
-                bound.add((alias.asname or first, parent + path))
-    dotted = {node.value: node for node in nodes if isinstance(node, ast.Attribute)}
-    for node in nodes:
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            for path in [path for name, path in bound if name == node.id]:
-                last = node
-                while last in dotted:       # from F to F.relu
-                    last = dotted[last]
-                    path += f".{last.attr}"
-                if why := objection(path, not isinstance(last.ctx, ast.Load)):
-                    raise Invalid(f"not allowed in line {node.lineno}: {ast.unparse(last)}: {why}")
+def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
+    """Measure a train.py and return the exit code: 0 only after a report."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)    # not the sys.stdout that a candidate has
+    encode = json.JSONEncoder().encode              # not json.dumps, whose encoder it can reach
 
+    # The events are setup, training, progress, evaluation, then report or crash. One with a limit
+    # begins a phase; the next phase has to begin within so many wall-clock seconds.
+    def tell(event: str, **values):
+        if key:
+            out.write(f"\n{key} {encode({'event': event, **values})}\n")
 
-def end_with_driver(pipe: int):
-    """End this process and its children when the driver, which holds `pipe` open, ends."""
-    if os.read(pipe, 1):                # hello; a launcher may forward no stdin
-        open(pipe, "rb").read()         # returns at the end
-        os.kill(0, signal.SIGKILL)      # 0: all of the own process group
-        os._exit(1)                     # SIGKILL spares the init of a container
-
-
-def conditions(folder: Path, budget: float) -> dict:
-    """Return what makes two scores comparable, and what a researcher should know of the machine."""
-    meta, info = json.loads((folder / "meta.json").read_text()), Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    cpu = f"{[*names, os.uname().machine][0]}, {os.cpu_count()} cores"
-    return meta | {
-        "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
-        "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if CUDA else DEVICE, "processor": cpu,
-        "threads": torch.get_num_threads() if DEVICE == "cpu" else 0,
-        "evaluation_limit": EVAL_LIMIT, "evaluation_windows": 2 * EVAL_WINDOWS,
-        "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
-                 DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())}
+    if key:
+        threading.Thread(target=end_with_driver, args=[os.dup(0)], daemon=True).start()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() sees an empty file
+    tell("setup", limit=SETUP_LIMIT, contract=CONTRACT, **conditions(folder, budget))
+    try:
+        report = measure(path, seed, budget, folder, tell)
+        tell("report", **report)
+        for name, value in report.items():
+            if not name.startswith("test_"):    # no prompt may quote them from a log
+                print(f"{name + ':':17} {round(value, 6)}", flush=True)
+        return 0
+    except Invalid as error:
+        reason = str(error)
+    except BaseException as error:      # also a candidate's sys.exit(), which is no way out
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"[:2000]
+    tell("crash", reason=reason)
+    print(f"autoresearch: this run is invalid: {reason}", file=sys.stderr, flush=True)
+    return 1
 
 
 def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> dict:
     """Train the train.py at `path` once, and return the report. Raises what train() raises."""
-    global _clock       # of the run in this process
+    global _clock       # batches() hands out what is left of it
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
     lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths
     clock = _clock = Clock(data.pop("train"), seed, budget, tell)
     for set_seed in torch.manual_seed, np.random.seed, random.seed:
         set_seed(seed)
-    stub = types.ModuleType("prepare", "what a train.py may use of prepare.py")
-    stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
-    sys.modules["prepare"] = sys.modules["__main__"] = stub
-    source = path.read_text(encoding="utf-8")
-    refuse_modules(source)
-    candidate = sys.modules["candidate"] = types.ModuleType("candidate")
-    candidate.__file__ = str(path)
-    exec(compile(source, path, "exec"), vars(candidate))
-    model = candidate.train()
+    model = load_candidate(path).train()
     if not isinstance(model, torch.nn.Module):
         raise Invalid(f"train() returned {type(model).__name__}, not a torch.nn.Module")
-    model.eval()        # before the clock is read: what a model does here is part of its training
+    model.eval()        # it may run code of the model, so the clock is read after it
     synchronize()
     if clock.start is None:
         raise Invalid("train() returned without drawing a batch from prepare.batches()")
     train_seconds = seconds_now() - clock.start
     slack = budget + max(OVERTIME * budget, ONE_STEP) - train_seconds
-    if not slack >= 0:
-        raise Invalid(f"overtime: train() took {train_seconds:.1f} s of a budget of {budget:g} s: "
-                      f"nothing may follow the last batch")
+    if not (slack >= 0 and train_seconds > 0):
+        raise Invalid(f"overtime: train() took {train_seconds:.1f} s of a budget of {budget:g} s")
+    refuse_patches()
     clock.budget = 0.0      # no loop over batches() goes on from here
     tell("evaluation", limit=EVAL_LIMIT)
     unit = 1 if sys.platform == "darwin" else 1024      # bytes
     memory = (torch.cuda.max_memory_allocated() if CUDA else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    if DEVICE == "mps":         # what Metal holds is not in it
-        memory += torch.mps.driver_allocated_memory()
+    num_params = sum(p.numel() for p in torch.nn.Module.parameters(model))
     if "torch._dynamo" in sys.modules:      # compiling for other shapes would take a minute
         torch.compiler.set_stance("force_eager")
     now = monotonic()
@@ -425,36 +403,151 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
             "startup_seconds": clock.startup, "eval_seconds": monotonic() - now,
             "total_seconds": monotonic() - BEGAN, "peak_memory_mb": memory / 1e6,
             "num_steps": clock.steps, "num_tokens": clock.seen,
-            "num_params": sum(p.numel() for p in model.parameters())}
+            "epochs": round(clock.seen / len(clock.tokens), 3), "num_params": num_params}
 
 
-def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
-    """Measure a train.py and return the exit code: 0 only after a report."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)    # not the sys.stdout that a candidate has
+def load_candidate(path: Path) -> types.ModuleType:
+    """Return the candidate as a module, after a look at its source. It sees a stub of this file."""
+    stub = types.ModuleType("prepare")
+    stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
+    sys.modules["prepare"] = sys.modules["__main__"] = stub
+    source = path.read_text(encoding="utf-8")
+    refuse_source(source)
+    candidate = sys.modules["candidate"] = types.ModuleType("candidate")
+    candidate.__file__ = str(path)
+    exec(compile(source, path, "exec"), vars(candidate))
+    return candidate
 
-    def tell(event: str, **values):
-        if key:
-            out.write(f"\n{key} {json.dumps({'event': event, **values})}\n")
 
-    if key:
-        threading.Thread(target=end_with_driver, args=[os.dup(0)], daemon=True).start()
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() finds no more
-    tell("setup", limit=SETUP_LIMIT, **conditions(folder, budget))
-    try:
-        report = measure(path, seed, budget, folder, tell)
-        tell("report", **report)
-        for name, value in report.items():
-            if name != "test_bpb":      # no prompt may quote it from a log
-                print(f"{name + ':':17} {round(value, 6)}", flush=True)
-        return 0
-    except Invalid as error:
-        reason = str(error)[:2000]
-    except BaseException as error:      # SystemExit from the candidate is no way out either
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"[:2000]
-    tell("crash", reason=reason)
-    print(f"autoresearch: this run is invalid: {reason}", file=sys.stderr, flush=True)
-    return 1
+def conditions(folder: Path, budget: float) -> dict:
+    """Return what makes two scores comparable, and what a researcher should know of the machine."""
+    meta = json.loads((folder / "meta.json").read_text())
+    return meta | {
+        "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
+        "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if CUDA else DEVICE,
+        "processor": f"{os.uname().machine}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads() if DEVICE == "cpu" else 0,
+        "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
+                 DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())}
+
+
+def end_with_driver(pipe: int):
+    """End this process and its children when the driver, which holds `pipe` open, ends."""
+    if os.read(pipe, 1):                # hello; some launchers bring no stdin
+        open(pipe, "rb").read()         # returns at the end
+        os.kill(0, signal.SIGKILL)      # 0: all of the own process group
+        os._exit(1)                     # the first process of a container survives that
+
+
+# The guard stops sloppy and score-gaming candidates, not malware. Before a run, refuse_source()
+# reads a candidate's words and follows the names that it imports. Later, refuse_patches() checks
+# after each call of its model that the functions of the judge are what they were.
+
+DUNDERS = """add|call|class|constants|doc|enter|exit|file|future|getitem|init|iter|len|main|name|
+    new|next|post_init|repr|setitem|slots|str|version"""    # harmless ones
+REFUSED = [     # a pattern for "KindOfNode word", and why it is refused
+    (r"^Name (open|exec|eval|compile|globals|locals|vars)$", "no files, no text that runs as code"),
+    (r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b",
+     "the driver sets the seed and the threads: leave it out"),
+    (r"\b(get|has|set|del)attr$",
+     'no attributes by computed names: write x.name, getattr(x, "name", 0) or x.name = value'),
+    (r"^Attribute format(_map)?$", "no computed formats: use f-strings"),
+    (rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | dump | [acgt]\w_frame
+        | f_(back | builtins | globals | locals))\b""", "no files, no way into the interpreter")]
+
+CLOSED = re.compile(rf"""(?x)       # a module, or something that a module holds
+    (?! ({"|".join(MODULES)}) \b) .* | .*\*
+    | (?! numpy\.lib\.stride_tricks | torch\.(_dynamo\.(config | disable | reset)
+          | _inductor\.config | jit\.script | library\.custom_op | utils\.checkpoint)\b)
+      (numpy | torch)\.(_\w+ | ao | classes | core | ctypeslib | distributed | export | f2py | fx
+          | hub | jit | lib | library | monitor | multiprocessing | onnx | overrides | package
+          | profiler | rec | serialization | storage | testing | utils)\.\w.*
+    | .*\.(load\w* | save(z\w* | txt)? | memmap | from(file|regex) | genfromtxt | seed\w*
+          | set_?state | default_rng | Random(State)? | Torch\w+Mode | attrgetter | methodcaller
+          | make_dataclass | update_wrapper)
+    | (numpy\.random | torch)\.Generator | numpy\.random\.[A-Z]+\d+\w*       # PCG64, MT19937
+    | (gc | typing)\.get_\w+ | gc\.callbacks | string\.Formatter""")
+
+
+def refuse_source(source: str):
+    """Raise Invalid if a candidate's words, or what its names lead to, are closed to it."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):     # gives what is harmless a form that no rule is about
+        match node:
+            case ast.Expr(ast.Constant(str())):             # a docstring
+                node.value.value = None
+            case ast.Attribute(ast.Constant(), "format"):   # "{:.2f}".format(loss)
+                node.attr = ""
+            case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):
+                node.func, node.args = ast.Attribute(x, name, lineno=node.lineno), rest
+            case ast.Call(ast.Name("hasattr"), [x, *rest]):
+                node.func, node.args = ast.Attribute(x, "__doc__", lineno=node.lineno), rest
+    nodes = list(ast.walk(tree))
+    words = ((node, f"{type(node).__name__} {word}") for node in nodes
+             for field in vars(node).values()
+             for word in (field if isinstance(field, list) else [field]) if isinstance(word, str))
+    problems = [(node, why) for node, word in words for pattern, why in REFUSED
+                if re.search(pattern, word)]
+    problems += [(node, why) for node, path in used_paths(nodes) if (why := objection(path))]
+    if problems:
+        node, why = min(problems, key=lambda problem: problem[0].lineno)
+        line = source.split("\n")[node.lineno - 1].strip()
+        raise Invalid(f"not allowed in line {node.lineno}: {line}: {why}")
+
+
+def used_paths(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
+    """Yield (node, path) of all that is imported, and of what is used of it: torch.nn.Linear."""
+    bound = collections.defaultdict(set)        # {"F": {"torch.nn.functional"}, ...}
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                yield node, f"{parent}{alias.name}.__name__"    # __name__: it is not used yet
+                name = alias.asname or alias.name.partition(".")[0]
+                bound[name].add(parent + (alias.name if alias.asname else name))
+    inner = {node.value for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
+        match node:
+            case ast.Attribute() | ast.Name(ctx=ast.Load()) if node not in inner:
+                name, dot, rest = ast.unparse(node).partition(".")
+                yield from ((node, path + dot + rest) for path in bound[name])
+
+
+def objection(path: str) -> str:
+    """Return why a candidate may not use what a path like torch.nn.Linear leads to, or ""."""
+    value = None
+    for name in path.split("."):
+        place = f"{value.__name__}.{name}" if value else name       # torch.os.x becomes os.x
+        if CLOSED.fullmatch(place):
+            return f"{place} is closed, as are files, processes and seeds: leave it out"
+        try:
+            value = getattr(value, name, None) or importlib.import_module(place)
+        except ImportError:         # the candidate may expect it
+            return ""
+        if not isinstance(value, types.ModuleType):
+            return ""
+    return "a module stands only before a dot, as in torch.nn.Linear"
+
+
+def functions() -> set[tuple]:
+    """Return (owner, name, function) of what the judge uses, or of what a patch of it would be."""
+    owners = (*torch.Tensor.__mro__, torch.nn.Module, torch, torch.nn.functional, torch._C._nn,
+              np, np.random, math, json, json.encoder, json.JSONEncoder)
+    by_torch = "manual_seed", "__init__", "__setstate__"    # torch itself replaces these
+    return {(owner, name, value) for owner in owners for name, value in vars(owner).items()
+            if callable(value) and name not in by_torch}
+
+
+BEFORE = functions()
+
+
+def refuse_patches():
+    """Raise Invalid if the candidate has replaced a function that the judge uses, or hidden it."""
+    if patches := BEFORE ^ functions():
+        owner, name, _ = patches.pop()
+        place = repr(owner).split("'")[1]       # of <class 'torch.Tensor'>
+        raise Invalid(f"a patch of {place}.{name}: leave it as it is")
 
 
 # ---- 5  Documents: a source is a list of files, and a function that yields the documents of one --
@@ -462,15 +555,61 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
 SPLITS = "train", "val", "test"
 PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
 SHORTEST = 64       # characters: a document with less than this is dropped
-MANY_FILES = 50     # from so many files on, a file is whole in one split
-PATIENCE = 8        # seconds: the longest pause between requests that bring nothing: 1, 2, 4, 8
+MANY_FILES = 50     # from so many files on, each file is whole in one split
+TRIES = 5           # requests for a file, with pauses of 1, 2, 4 and 8 seconds between them
+LONGEST_PAUSE = 300     # seconds that a server may ask to wait instead
+# Folders of libraries: tests are not in every installation, and tables are near copies of another.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "testing",
+           "encodings", "pydoc_data", "serialized_patterns"}
+
+
+def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
+    """Return (name, files, what yields the documents of a file), and download what is missing."""
+    if data == "tinystories":
+        stories = "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
+        return data, [download(stories)], text_pieces
+    c4 = re.fullmatch(r"c4(?::(\d+))?", data)
+    if c4 and 1 <= (shards := int(c4[1] or 4)) <= 1024:
+        shard = "allenai/c4/resolve/main/en/c4-train.{:05d}-of-01024.json.gz"
+        return f"c4-{shards}", [download(shard.format(i)) for i in range(shards)], json_texts
+    if data in ("python", "stdlib"):
+        name, folders = data, [Path(sysconfig.get_path("stdlib"))]
+        if data == "python":
+            folders += [Path(module.__file__).parent for module in (torch, np)]
+        files = [file for folder in folders for file in sorted(folder.rglob("*.py"))
+                 if not SKIPPED & {*file.relative_to(folder).parts}]
+    elif (path := Path(os.path.expanduser(data))).exists():
+        name = re.sub(r"\W+", "-", path.resolve().name, flags=re.ASCII)[:40]
+        found = [f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path)}"]
+        # rglob() of a file finds nothing; of a folder it looks into all but these two kinds.
+        files = [f for f in found or [path]
+                 if f.is_symlink() or not f.is_dir() or not os.access(f, os.R_OK | os.X_OK)]
+    else:
+        sys.exit(f"prepare.py: --data {data}: give python, stdlib, tinystories, c4, c4:N with N "
+                 f"from 1 to 1024 shards, or a file or folder that exists")
+    good = [file for file in files if is_text(file)]
+    if len(good) < len(files):
+        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: they are empty, "
+              f"closed to you, links to folders, compressed or not in UTF-8", flush=True)
+    return f"{name}-{sha256(good)[:8]}", good, text_pieces
+
+
+def is_text(path: Path) -> bool:
+    """Return whether all of a file can be read as UTF-8, without a zero byte at its start."""
+    try:
+        if not path.is_file() or not path.stat().st_size:
+            return False
+        return not ["\0" in piece[:1000] for piece in text_pieces(path, "strict")][0]
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def text_pieces(path: Path, errors: str = "replace") -> Iterator[str]:
-    """Yield the documents of a text file: what <|endoftext|> separates, in pieces where long."""
+    """Yield the documents of a text file: what <|endoftext|> separates; long ones are cut."""
     rest = ""
     with path.open(encoding="utf-8", errors=errors, newline="") as file:
-        while chunk := file.read(PIECE) + file.readline(PIECE):     # up to the end of a line
+        # After PIECE characters it reads on to the end of the line, if that is not too far.
+        while chunk := file.read(PIECE) + file.readline(PIECE):
             *whole, rest = (rest + chunk).split("<|endoftext|>")
             yield from whole
             if len(rest) >= PIECE:
@@ -485,88 +624,69 @@ def json_texts(path: Path) -> Iterator[str]:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             yield from (json.loads(line)["text"] for line in lines)
     except Exception as error:
-        raise OSError(f"{path} is corrupt ({error}): delete it, to fetch it again") from error
-
-
-def is_text(path: Path) -> bool:
-    try:
-        return sum(map(len, text_pieces(path, "strict"))) > 0
-    except (UnicodeDecodeError, OSError):
-        return False
-
-
-def download(address: str) -> Path:
-    """Fetch a file of the hub, unless it is there; go on where an earlier try stopped."""
-    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/datasets/{address}"
-    path = CACHE / "downloads" / url.rpartition("/")[2]
-    part, pause = path.with_name(f"{path.name}.part"), 0.5
-    while not path.exists():
-        part.touch()
-        have = part.stat().st_size
-        headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
-        try:
-            with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
-                if answer.status_code != 416:       # else nothing is left to fetch
-                    answer.raise_for_status()
-                    print(f"{url}: fetching from byte {have} on", flush=True)
-                    # Any answer but 206 ignores Range and brings all of the file.
-                    with part.open("ab" if answer.status_code == 206 else "wb") as file:
-                        file.writelines(answer.iter_content(1 << 16))   # raises if less comes
-            if not part.stat().st_size:
-                raise requests.ConnectionError("nothing came")
-            part.replace(path)
-        except requests.RequestException as error:
-            pause = 1.0 if part.stat().st_size > have else 2 * pause
-            if pause > PATIENCE or getattr(error.response, "status_code", 0) in (401, 403, 404):
-                raise
-            print(f"{path.name}: {error}; again in {pause} s", file=sys.stderr)
-            time.sleep(pause)
-    return path
-
-
-def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
-    """Return (name, files, what yields the documents of a file), and download what is missing."""
-    if data == "tinystories":
-        stories = "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
-        return data, [download(stories)], text_pieces
-    c4 = re.fullmatch(r"c4(?::(\d+))?", data)
-    if c4 and 1 <= (shards := int(c4[1] or 4)) <= 1024:
-        shard = "allenai/c4/resolve/main/en/c4-train.{:05d}-of-01024.json.gz"
-        return f"c4-{shards}", [download(shard.format(i)) for i in range(shards)], json_texts
-    if data == "stdlib":
-        name, path = data, Path(sysconfig.get_path("stdlib"))
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test",     # not everywhere
-                "encodings", "pydoc_data"}      # tables, each almost a copy of the next
-        files = [f for f in path.rglob("*.py") if not skip & {*f.relative_to(path).parts}]
-    elif (path := Path(data).expanduser()).exists():
-        name = re.sub(r"\W+", "-", path.resolve().name)[:40]
-        files = [f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path)}"]   # not hidden
-        files = [f for f in files or [path] if f.is_file()]     # rglob of a file finds nothing
-    else:
-        sys.exit(f"prepare.py: --data {data}: give stdlib, tinystories, c4, c4:N with N from 1 to "
-                 f"1024 shards, or a file or folder that exists")
-    good = [f for f in sorted(files) if is_text(f)]
-    if len(good) < len(files):
-        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files, not UTF-8 or empty")
-    return f"{name}-{sha256(good)[:8]}", good, text_pieces
+        sys.exit(f"prepare.py: {path} is corrupt ({error}): delete it, to fetch it again")
 
 
 def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tuple[str, str]]:
     """Yield (split, text) of each document, always in the same order; share: of val, of test."""
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    together = reader is text_pieces and len(files) >= MANY_FILES   # parts of one are alike
+    # The parts of a file are alike, so of many files each stays in one split. They are shuffled,
+    # so that neighbours, which are alike too, are not all in one split.
+    whole_files = reader is text_pieces and len(files) >= MANY_FILES
+    if whole_files:
+        files = random.Random(0).sample(files, len(files))
     for file in files:
         split = ""
         for text in reader(file):
             if len(text.strip()) < SHORTEST or hash(text) in seen:
                 continue
-            seen.add(hash(text))    # all that stays in memory: 100 bytes a document
+            seen.add(hash(text))    # all that stays in memory: 100 bytes per document
             # The split that is furthest behind: val and test come from all over the text.
-            if not (split and together):    # once a file, or once a document
+            if not (split and whole_files):
                 split = min(SPLITS, key=lambda s: size[s] / shares[s])
             size[split] += len(text)
             yield split, text
+
+
+def download(address: str) -> Path:
+    """Fetch a file of the hub, unless it is there; go on where an earlier try stopped."""
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
+    path = CACHE / "downloads" / Path(address).name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, failures = path.with_name(f"{path.name}.part"), 0
+    while not path.exists():
+        try:
+            with part.open("ab") as file:
+                fetch_rest(f"{hub}/datasets/{address}", file)
+            part.replace(path)
+        except requests.RequestException as error:
+            failures += 1
+            if failures == TRIES or getattr(error.response, "status_code", 0) in (401, 403, 404):
+                raise
+            wish = getattr(error.response, "headers", {}).get("Retry-After", "")
+            pause = int(wish) if wish.isdecimal() else 2 ** (failures - 1)   # it may be a date
+            pause = min(pause, LONGEST_PAUSE)
+            print(f"{path.name}: {error}; again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+    return path
+
+
+def fetch_rest(url: str, file: BinaryIO):
+    """Append to `file` what it lacks of the file at `url`."""
+    headers = {"Range": f"bytes={file.tell()}-", "Accept-Encoding": "identity"}
+    with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+        if answer.status_code == 416 and file.tell():       # nothing is left to fetch
+            return
+        answer.raise_for_status()
+        chunks = answer.iter_content(1 << 16)       # raises if less comes than was announced
+        first = next(chunks, b"")
+        # The page of a network's login says that it is the file.
+        if not first or re.match(rb"\s*<(!doctype|html)", first, re.IGNORECASE):
+            raise requests.ConnectionError("a web page came, or nothing")
+        if answer.status_code != 206:       # it ignores Range, and brings all of the file
+            file.truncate(0)
+        file.writelines(itertools.chain([first], chunks))
 
 
 # ---- 6  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
@@ -574,21 +694,15 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
 # Every character falls into exactly one word, as in GPT-2. A letter keeps its marks: \w lacks them,
 # and the vowels of Hindi and Thai are marks. Words are bounded, so that encoding stays linear.
 MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
-WORD = rf" ?(?:[^\W\d][{MARKS}]{{0,4}}){{1,32}}|\d{{1,3}}| ?[^\s\w]{{1,16}}|\s{{1,64}}(?!\S)|\s"
+WORD = re.compile(rf"""(?x)
+      [ ]?(?:[^\W\d][{MARKS}]{{0,4}}){{1,32}}   # letters with their marks, perhaps after a space
+    | \d{{1,3}}                                 # digits
+    | [ ]?[^\s\w]{{1,16}}                       # punctuation, perhaps after a space
+    | \s{{1,64}}(?!\S)                          # white space, without the last before a word
+    | \s                                        # this last one, if the word did not take it""")
 SAMPLE = 64_000_000     # characters of training text that the merges are learned from
-COMMON = 200_000        # words among them that count; the others are too rare to win a merge
-KNOWN = 500_000         # words whose tokens a process remembers: some 100 MB
-
-
-def join(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
-    """Return `word` with `token` in the place of each `pair`, from the left."""
-    joined = [-1]
-    for this in word:
-        if (joined[-1], this) == pair:
-            joined[-1] = token
-        else:
-            joined.append(this)
-    return joined[1:]
+COMMON = 50_000         # words among them that count; with 200,000 tokens get no longer
+CACHED_WORDS = 500_000  # words whose tokens a process remembers: some 100 MB
 
 
 class Tokenizer:
@@ -599,137 +713,89 @@ class Tokenizer:
     """
 
     def __init__(self, merges: list[tuple[int, int]]):
-        self.rank = {tuple(pair): 256 + i for i, pair in enumerate(merges)}     # pair -> its token
+        self.rank = {}          # pair -> its token
         self.bytes = [bytes([i]) for i in range(256)]   # of each token, perhaps half a character
-        for left, right in self.rank:
+        for left, right in merges:
+            self.rank[chr(left) + chr(right)] = len(self.bytes)
             self.bytes.append(self.bytes[left] + self.bytes[right])
         self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
         self.lengths = np.array([len(data) for data in self.bytes])
-        self.known = functools.lru_cache(KNOWN)(self.merge)     # words repeat: merge each only once
+        self.encode_cached = functools.lru_cache(CACHED_WORDS)(self.encode_word)    # words repeat
 
     def encode(self, text: str) -> list[int]:
-        return list(itertools.chain.from_iterable(map(self.known, re.findall(WORD, text))))
+        return list(itertools.chain.from_iterable(map(self.encode_cached, WORD.findall(text))))
 
-    def merge(self, word: str) -> list[int]:
-        """Return the tokens of a word: of the pairs in it, the earliest learned is joined first."""
-        tokens = list(word.encode("utf-8", "surrogatepass"))
-        while known := self.rank.keys() & set(itertools.pairwise(tokens)):
-            pair = min(known, key=self.rank.get)
-            tokens = join(tokens, pair, self.rank[pair])
-        return tokens
+    def encode_word(self, word: str) -> list[int]:
+        """Return the tokens of a word: of the pairs in it, the earliest learned is merged first."""
+        word = as_tokens(word)
+        while mergeable := self.rank.keys() & set(pairs(word)):
+            pair = min(mergeable, key=self.rank.get)
+            word = word.replace(pair, chr(self.rank[pair]))
+        return list(map(ord, word))
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`; what is not UTF-8 in it becomes replacement characters."""
         return b"".join(self.bytes[token] for token in tokens).decode("utf-8", "replace")
 
 
+def as_tokens(word: str) -> str:
+    """Return one character for each byte of a word, so that str.replace() can merge tokens."""
+    return word.encode("utf-8", "surrogatepass").decode("latin-1")
+
+
+def pairs(word: str) -> list[str]:
+    """Return the pairs of neighbours: "abc" has "ab" and "bc"."""
+    return [word[i:i + 2] for i in range(len(word) - 1)]
+
+
 def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
     """Return at most `count` merges: again and again the most frequent pair of neighbours."""
     counter, characters = collections.Counter(), 0
     for text in texts:
-        counter.update(re.findall(WORD, text))
+        counter.update(WORD.findall(text))
         characters += len(text)
         if characters > SAMPLE:
             break
     common = counter.most_common(COMMON)        # each word is held once, with its count
-    words = [list(word.encode("utf-8", "surrogatepass")) for word, _ in common]
+    words = [as_tokens(word) for word, _ in common]
     counts = collections.Counter()              # pair -> how often it occurs
     where = collections.defaultdict(set)        # pair -> words that have it, or had it once
-    for i, word in enumerate(words):
-        for pair in itertools.pairwise(word):
-            counts[pair] += common[i][1]
+
+    def count_pairs(i: int, times: int):
+        for pair in pairs(words[i]):
+            counts[pair] += times
             where[pair].add(i)
-    heap = [(-n, pair) for pair, n in counts.items()]       # the most frequent comes out first
+
+    for i, (_, times) in enumerate(common):
+        count_pairs(i, times)
+    heap = [(-times, pair) for pair, times in counts.items()]   # the most frequent comes out first
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < count:
+        show_progress(f"learning to tokenize: {len(merges)} of {count} merges")
         negative, pair = heapq.heappop(heap)
         if -negative != counts[pair]:           # other merges have used some of them up since
             heapq.heappush(heap, (-counts[pair], pair))
             continue
         if -negative < 2:
             break
-        token, fresh = 256 + len(merges), set()
-        merges.append(pair)
+        token, fresh = chr(256 + len(merges)), set()
         for i in where.pop(pair):               # only words with the pair change
-            for old in itertools.pairwise(words[i]):
-                counts[old] -= common[i][1]
-            words[i] = join(words[i], pair, token)
-            for new in itertools.pairwise(words[i]):
-                counts[new] += common[i][1]
-                if token in new:
-                    where[new].add(i)
-                    fresh.add(new)
+            count_pairs(i, -common[i][1])
+            words[i] = words[i].replace(pair, token)
+            count_pairs(i, common[i][1])
+            fresh.update(new for new in pairs(words[i]) if token in new)
         for new in fresh:
             heapq.heappush(heap, (-counts[new], new))
+        merges.append((ord(pair[0]), ord(pair[1])))
     return merges
 
 
 # ---- 7  Tokens: the documents of each split as one flat file of uint16 ---------------------------
 
-def start_worker(merges: list[tuple[int, int]]):
-    global _tokenizer
-    _tokenizer = Tokenizer(merges)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process
-
-
-def encode_document(document: tuple[str, str]) -> tuple[str, int, bytes]:
-    """Return (split, bytes of text, its tokens as uint16)."""
-    split, text = document
-    tokens = [*_tokenizer.encode(text), END]
-    return split, len(text.encode("utf-8", "surrogatepass")), np.array(tokens, np.uint16).tobytes()
-
-
-def make(folder: Path, name: str, files: list[Path], reader: Callable):
-    """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
-    # A GPU needs more tokens for its longer windows; 7.9 MB of Python sources have to be enough.
-    small = sum(file.stat().st_size for file in files) < 100e6
-    share = (0.08 if CUDA else 0.06) if small else 0.01
-    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens, then encoding", flush=True)
-    texts = (text for split, text in documents(files, reader, share) if split == "train")
-    merges = learn_merges(texts, VOCAB_SIZE - 257)
-    (folder / "tokenizer.json").write_text(json.dumps(merges))
-    bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
-    count = size = 0
-    with multiprocessing.Pool(torch.get_num_threads(), start_worker, [merges]) as pool:
-        # In order; the pipe to the workers keeps imap from reading far ahead.
-        for split, length, data in pool.imap(encode_document, documents(files, reader, share), 50):
-            bins[split].write(data)
-            count, size = count + 1, size + length
-    tokens = {split: file.tell() // 2 for split, file in bins.items()}
-    for file in bins.values():
-        file.close()
-    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test
-    if min(tokens["val"], tokens["test"]) < need:       # of 5 bytes at most, on average
-        sys.exit(f"prepare.py: too little text in {name}: a score needs about "
-                 f"{5 * need / share / 1e6:.1f} MB")
-    bytes_per_token = round(size / (sum(tokens.values()) - count), 4)       # END has no bytes
-    print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
-    (folder / "meta.json").write_text(json.dumps({
-        "name": name, "documents": count, "bytes_per_token": bytes_per_token,
-        "train_tokens": tokens["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
-
-
-def prepare(data: str) -> Path:
-    """Make `data` ready, unless it is, and return its folder."""
-    (CACHE / "downloads").mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)    # one process at a time, until the file is closed
-        except OSError as error:                # as on some network file systems
-            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
-        name, files, reader = source(data)
-        folder = CACHE / f"{name}-v{VOCAB_SIZE}"
-        half = CACHE / f"{folder.name}.part"
-        if not folder.exists():
-            shutil.rmtree(half, ignore_errors=True)     # of a process that was stopped
-            half.mkdir()
-            make(half, name, files, reader)
-            os.sync()                           # first on the disk, then under its name
-            half.rename(folder)                 # all of it is there, or none
-        (CACHE / "current").write_text(folder.name)
-    return folder
-
+# Bytes of text for val, and for test; but not more than 8% of all text, and not less than 1%.
+HELD_OUT = 1_000_000
+_shown = BEGAN      # when show_progress() last did so
 
 def ready(data: str | None) -> Path:
     """Return the folder of `data`; without it of what was prepared last, or of the default data."""
@@ -741,14 +807,114 @@ def ready(data: str | None) -> Path:
     except requests.RequestException as error:
         problem = f"{data or DEFAULT_DATA} cannot be downloaded ({error})"
         if data:
-            sys.exit(f"prepare.py: --data {problem}: check the network or give --data stdlib")
-        print(f"WARNING: {problem}: going on with stdlib, on a GPU a smoke test. When there is a "
+            sys.exit(f"prepare.py: {problem}: check the network, or give --data python")
+        print(f"WARNING: {problem}: going on with python, on a GPU a smoke test. When there is a "
               f"network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
-        return ready("stdlib")
-    except OSError as error:        # a full disk, a corrupt shard
-        sys.exit(f"prepare.py: {error.strerror or error}; AUTORESEARCH_CACHE can replace {CACHE}")
+        return ready("python")
+    except BrokenProcessPool:
+        end_at_once("a process that encodes was killed, perhaps for its memory: "
+                    "OMP_NUM_THREADS=1 in front of the command needs less")
+    except OSError as error:        # that of a full disk names no file
+        where = error.filename or f"{CACHE} or /dev/shm"
+        sys.exit(f"prepare.py: {error.strerror}: {where}; AUTORESEARCH_CACHE can replace {CACHE}")
     except KeyboardInterrupt:
-        sys.exit("prepare.py: stopped; the same command goes on where it was")
+        end_at_once("stopped; the same command goes on where it was")
+
+
+def end_at_once(line: str):
+    print(f"prepare.py: {line}", file=sys.stderr, flush=True)
+    os._exit(1)     # the pool could wait for ever for workers that are gone
+
+
+def prepare(data: str) -> Path:
+    """Make `data` ready, unless it is, and return its folder."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    may_write = os.access(CACHE, os.W_OK)       # others' data may be there to be read
+    with (CACHE / "lock").open("a" if may_write else "r") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which prepares data in {CACHE}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:        # as on some network file systems
+            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
+        name, files, reader = source(data)
+        folder = CACHE / f"{name}-v{VOCAB_SIZE}"
+        if not folder.exists():
+            half = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(half, ignore_errors=True)     # of a process that was stopped
+            half.mkdir()
+            make(half, name, files, reader)
+            os.sync()                           # first on the disk, then under its name
+            half.rename(folder)                 # all of it is there, or none
+        if may_write:
+            (CACHE / "current").write_text(folder.name)
+    return folder
+
+
+def make(folder: Path, name: str, files: list[Path], reader: Callable):
+    """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
+    # gzip makes C4 2.5 times smaller.
+    total = sum(file.stat().st_size for file in files) * (2.5 if reader is json_texts else 1)
+    share = min(0.08, max(0.01, HELD_OUT / max(total, 1)))
+    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens, then encoding", flush=True)
+    texts = (text for split, text in documents(files, reader, share) if split == "train")
+    merges = learn_merges(texts, VOCAB_SIZE - 257)
+    (folder / "tokenizer.json").write_text(json.dumps(merges))
+    bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
+    count = size = 0
+    for split, length, data in encode_all(merges, documents(files, reader, share)):
+        bins[split].write(data)
+        count, size = count + 1, size + length
+        show_progress(f"encoding: {size / 1e6:.0f} of about {total / 1e6:.0f} MB")
+    tokens = {split: file.tell() // 2 for split, file in bins.items()}
+    for file in bins.values():
+        file.close()
+    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test, of 5 bytes at most
+    if min(tokens["val"], tokens["test"]) < need:
+        sys.exit(f"prepare.py: too little text in {name}: a score needs about "
+                 f"{5 * need / share / 1e6:.1f} MB, these {len(files)} files have {size / 1e6:.2f} "
+                 f"MB in new documents of {SHORTEST} characters or more")
+    bytes_per_token = round(size / (sum(tokens.values()) - count), 4)       # END has no bytes
+    print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
+    (folder / "meta.json").write_text(json.dumps({
+        "name": name, "documents": count, "bytes_per_token": bytes_per_token,
+        "train_tokens": tokens["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
+
+
+def encode_all(merges: list, texts: Iterator[tuple[str, str]]) -> Iterator[tuple[str, int, bytes]]:
+    """Yield encode_document() of each document, in order, from a process per thread of torch."""
+    workers = torch.get_num_threads()
+    with ProcessPoolExecutor(workers, None, start_worker, [merges]) as pool:
+        while group := list(itertools.islice(texts, 400 * workers)):    # never all in memory
+            yield from pool.map(encode_document, group, chunksize=50)
+
+
+def start_worker(merges: list[tuple[int, int]]):
+    """Prepare a worker, which ends without a word with Ctrl-C or its parent."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()     # however it ended
+        os._exit(1)                                 # an orphan would keep the lock
+
+    global _tokenizer
+    _tokenizer = Tokenizer(merges)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def encode_document(document: tuple[str, str]) -> tuple[str, int, bytes]:
+    """Return (split, bytes of text, its tokens as uint16)."""
+    split, text = document
+    tokens = [*_tokenizer.encode(text), END]
+    return split, len(text.encode("utf-8", "surrogatepass")), np.array(tokens, np.uint16).tobytes()
+
+
+def show_progress(text: str):
+    """Print `text`, unless this was done in the last five seconds."""
+    global _shown
+    if monotonic() - _shown >= 5:
+        _shown = monotonic()
+        print(text, flush=True)
 
 
 # ---- 8  Command line -----------------------------------------------------------------------------
@@ -761,7 +927,7 @@ def by_hand(path: str):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--data", help="stdlib, tinystories, c4[:SHARDS], or a file or folder of text")
+    add("--data", help="python, stdlib, tinystories, c4[:SHARDS], or a file or folder of text")
     add("--run", metavar="TRAIN_PY", type=Path, help="train and measure this file once")
     add("--seed", type=int, default=0, help="with --run")
     add("--budget", type=float, default=BUDGET, help="with --run: training seconds (%(default)s)")
@@ -769,11 +935,15 @@ def main():
     add("--key", help="with --run: begin lines for the driver with this")
     add("--devices", action="store_true", help="print names for CUDA_VISIBLE_DEVICES, and end")
     args = parser.parse_args()
-    sys.argv[1:] = sys.orig_argv[1:] = []
-    if args.devices:        # CUDA ignores names from the first that it does not know
+    for stream in filter(None, (sys.stdout, sys.stderr)):       # None is a closed one
+        stream.reconfigure(errors="replace")    # no character of a path ends a preparation
+    sys.argv[1:] = sys.orig_argv[1:] = []       # the key is no candidate's business
+    if args.devices:        # CUDA ignores all names from the first unknown one on
         count = torch.cuda.device_count()
-        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        return print(",".join(names.split(",")[:count]))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        names = visible.split(",")
+        # CUDA shows a process one MIG slice, however many are named: each worker gets its own.
+        return print(",".join(names if names[0].startswith("MIG-") else names[:count]))
     check_card()
     if args.run and not args.run.exists():
         sys.exit(f"prepare.py: --run {args.run}: no such file")

@@ -19,8 +19,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -41,7 +43,9 @@ def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"VOCAB_SIZE": 512, "END": 511, "SEQ_LEN": 32}.items():
             patch.setattr(prepare, name, value)
-        patch.setattr(multiprocessing, "Pool", FORK.Pool)       # its workers are as small
+        pool = prepare.ProcessPoolExecutor
+        patch.setattr(prepare, "ProcessPoolExecutor",       # its workers are as small
+                      lambda workers, _, *more: pool(workers, FORK, *more))
         yield
 
 
@@ -133,12 +137,18 @@ class Answer(http.server.BaseHTTPRequestHandler):
         hub.asked.append((self.path, first))
         fault = hub.faults[self.path].pop(0) if hub.faults[self.path] else ""
         data = b"" if fault == "empty" else hub.files.get(self.path)
-        if data is None or fault.isdigit():
-            return self.send_error(int(fault or 404))
+        if data is None or fault[:3].isdigit():
+            code, _, wait = (fault or "404").partition(" ")
+            self.send_response(int(code))
+            self.send_header("Retry-After", wait or "soon")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if first >= len(data) and first:
             return self.send_error(416)
         if fault == "no ranges":
             first = 0
+        if fault == "page":
+            first, data = 0, b"<!DOCTYPE html><title>Sign in</title>" + b" " * 400_000
         self.send_response(206 if first else 200)
         self.send_header("Content-Length", str(len(data) - first))
         self.end_headers()
@@ -188,8 +198,8 @@ def c4(served, tmp_path_factory) -> Path:
         return prepare.prepare("c4:4")
 
 
-@pytest.mark.parametrize("faults", [["503"], ["429"], ["empty"], ["drop", "no ranges"],
-                                    ["drop", "503"] * 4], ids=" then ".join)
+@pytest.mark.parametrize("faults", [["503"], ["429"], ["empty"], ["drop", "no ranges"], ["page"],
+                                    ["drop", "page"], ["drop", "503"] * 2], ids=" then ".join)
 def test_a_download_outlives_what_a_network_does(hub, monkeypatch, faults):
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     hub.faults[STORIES] = list(faults)
@@ -213,21 +223,58 @@ def test_a_download_that_brings_nothing_is_given_up_and_keeps_what_came(hub, cac
     assert prepare.source("tinystories")[1][0].read_bytes() == hub.files[STORIES]
 
 
+def test_a_server_that_asks_for_a_pause_gets_it_within_bounds(hub, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(prepare.time, "sleep", pauses.append)
+    hub.faults[STORIES] = ["429 30", "503 0", "429 99999", "429 Fri, 31 Dec 1999 23:59:59 GMT"]
+    prepare.source("tinystories")
+    assert pauses == [30, 0, prepare.LONGEST_PAUSE, 8]
+
+
+def test_a_web_page_never_becomes_the_data(hub, cache, monkeypatch):
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    for address, data in (STORIES, "tinystories"), (SHARD.format(0), "c4:1"):
+        hub.faults[address] = ["drop"] + ["page"] * prepare.TRIES
+        with pytest.raises(requests.ConnectionError, match="a web page came"):
+            prepare.source(data)
+        [part] = (cache / "downloads").iterdir()
+        assert hub.files[address].startswith(part.read_bytes()) and part.stat().st_size
+        part.unlink()
+
+
+def test_the_hub_has_the_same_address_with_a_slash_at_its_end(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", f" {hub.url}// ")
+    prepare.source("tinystories")
+    assert hub.asked == [(STORIES, 0)]
+
+
+def test_a_name_means_its_data_set_also_beside_a_folder_of_that_name(hub, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text = write(tmp_path / "c4:1" / "text", "one")
+    assert prepare.source("c4:1")[0] == "c4-1" and hub.asked == [(SHARD.format(0), 0)]
+    assert prepare.source("./c4:1")[1] == [text.relative_to(tmp_path)]
+
+
 def test_default_data_alone_is_replaced_and_loudly_if_it_cannot_be_had(
         hub, run, refused, cache, stories, monkeypatch, tmp_path):
     write(tmp_path / "lib" / "main.py", "".join(stories))
     write(tmp_path / "lib" / "tests" / "other.py", "x = 1")     # not every Python comes with it
+    more = [write(tmp_path / name / "__init__.py", f"# {name}") for name in ("torch", "numpy")]
+    write(tmp_path / "torch" / "testing" / "tables.py", "x = 1")
     monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    monkeypatch.setattr(prepare.torch, "__file__", str(more[0]))
+    monkeypatch.setattr(prepare.np, "__file__", str(more[1]))
     monkeypatch.setattr(prepare, "DEFAULT_DATA", "c4")
     hub.files.clear()
-    assert re.search("--data c4 cannot be downloaded .*--data stdlib", refused("--data", "c4"))
+    assert re.search("c4 cannot be downloaded .*--data python", refused("--data", "c4"))
     assert not (cache / "current").exists() and len(hub.asked) == 1
     said = run()
     assert said.count("WARNING: c4 cannot be downloaded (404") == 1
-    assert re.search(r"^stdlib-\w+: .* bytes per token$", said, re.M)
+    assert re.search(r"^python-\w+: .* bytes per token$", said, re.M)
     folder = f"{cache / (cache / 'current').read_text()}\n"
     assert f"\n{folder}" in said and run() == folder, "the second time it is there"
     assert prepare.source("stdlib")[1] == [tmp_path / "lib" / "main.py"]
+    assert prepare.source("python")[1] == [tmp_path / "lib" / "main.py", *more]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"<html>" + data,
@@ -249,8 +296,17 @@ def test_a_folder_is_read_without_what_is_not_text_and_its_name_changes_with_its
         good = [write(tmp_path / "in" / "a", first), write(tmp_path / "in" / "sub" / "b", second)]
         name, files, _ = prepare.source(str(tmp_path / "in"))
         assert files == good
-        assert "skipped 2 of 4 files" in capsys.readouterr().out    # a pipe or a link is no file
+        said = capsys.readouterr().out
+        assert "skipped 8 of 10 files" in said and "compressed or not in UTF-8" in said
         return name
+
+    write(tmp_path / "elsewhere" / "text", "text")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "text.gz").write_bytes(gzip.compress(b"text"))
+    with zipfile.ZipFile(tmp_path / "in" / "text.zip", "w") as archive:
+        archive.writestr("text", "text")
+    (tmp_path / "in" / "utf-16").write_bytes("text".encode("utf-16-le"))        # valid UTF-8
 
     write(tmp_path / "in" / ".hidden" / "text", "hidden")
     write(tmp_path / "in" / "empty", "")
@@ -363,7 +419,9 @@ def test_merges_and_tokens_are_those_of_counting_and_joining_anew_each_time(stor
 
 def test_files_of_tokens_hold_exactly_the_documents(c4, stories, monkeypatch):
     monkeypatch.setattr(prepare, "CACHE", c4.parent)
-    kept = list(prepare.documents(*prepare.source("c4:4")[1:], 0.06))
+    files, reader = prepare.source("c4:4")[1:]
+    share = prepare.HELD_OUT / (2.5 * sum(file.stat().st_size for file in files))
+    kept = list(prepare.documents(files, reader, share))
     assert sorted(text for _, text in kept) == sorted(stories)
     decode = prepare.Tokenizer(json.loads((c4 / "tokenizer.json").read_text())).decode
     for split in prepare.SPLITS:
@@ -410,7 +468,88 @@ def test_two_preparations_of_the_same_data_do_not_disturb_each_other(hub, c4, ca
         process.join(60)
         assert process.exitcode == 0
     assert sum("training a tokenizer" in log.read_text() for log in logs) == 1
+    assert sum("waiting for another process" in log.read_text() for log in logs) == 1
     assert bins(cache / c4.name) == bins(c4) and len(hub.asked) == 4
+
+
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_process_ends_the_preparation_and_frees_the_lock(tmp_path, cache, stories, victim):
+    text, log, pid = write(tmp_path / "text", "".join(stories)), tmp_path / "log", tmp_path / "pid"
+
+    def encode(self, text):
+        pid.write_text(str(os.getpid()))
+        time.sleep(60)
+
+    process = start(log, "--data", text,
+                    before=lambda: setattr(prepare.Tokenizer, "encode", encode))
+    while process.is_alive() and not (pid.exists() and pid.read_text()):
+        time.sleep(0.005)
+    os.kill(process.pid if victim == "parent" else int(pid.read_text()),
+            signal.SIGTERM if victim == "parent" else signal.SIGKILL)
+    process.join(20)
+    assert process.exitcode == (-signal.SIGTERM if victim == "parent" else 1)
+    assert ("a process that encodes was killed" in log.read_text()) == (victim == "worker")
+    assert not list(cache.glob("text-*-v512"))
+    with (cache / "lock").open("a") as lock:
+        for _ in range(400):
+            try:
+                return prepare.fcntl.flock(lock, prepare.fcntl.LOCK_EX | prepare.fcntl.LOCK_NB)
+            except BlockingIOError:     # a worker lives, and has it
+                time.sleep(0.01)
+        raise AssertionError("the lock is still held")
+
+
+def test_a_cache_that_may_only_be_read_serves_what_it_has(stories):
+    with tempfile.TemporaryDirectory() as top:      # others may not look into tmp_path
+        log, cache, text, other = (Path(top) / name for name in ("log", "cache", "text", "other"))
+
+        def as_nobody():
+            prepare.CACHE = cache
+            if os.getuid() == 0:        # who may write anywhere
+                os.setuid(65534)
+
+        for folder, names in (cache, ["lock", "current"]), (cache / "text-0", ["meta.json"]):
+            for name in names:
+                write(folder / name, "")
+        write(text, "".join(stories))
+        write(other, "text")
+        (cache / "text-0").rename(cache / f"{prepare.source(str(text))[0]}-v512")
+        for path in Path(top), cache:
+            path.chmod(0o555)
+        write(log, "").chmod(0o666)
+        try:
+            for data in text, other:
+                start(log, "--data", data, before=as_nobody).join(30)
+                last = log.read_text().splitlines()[-1]
+                if data == text:
+                    assert last.startswith(f"{cache}/text-") and "WARNING" not in log.read_text()
+                else:       # names what it would have to write
+                    assert last.startswith(f"prepare.py: Permission denied: {cache}/other-")
+                    assert "AUTORESEARCH_CACHE" in last
+        finally:
+            for path in Path(top), cache:
+                path.chmod(0o755)
+
+
+def test_a_terminal_that_cannot_print_a_character_gets_another(tmp_path, cache, stories):
+    text, log = write(tmp_path / "données" / "a", "".join(stories)), tmp_path / "log"
+
+    def in_ascii():
+        sys.stdout = sys.stderr = open(log, "w", encoding="ascii")
+        prepare.CACHE = tmp_path / "é"
+
+    process = start(tmp_path / "other", "--data", text.parent, before=in_ascii)
+    process.join(30)
+    assert process.exitcode == 0 and f"{tmp_path}/?/donn-es-" in log.read_text()
+
+
+def test_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    now = iter([4, 6, 7, 10, 12, 12])
+    monkeypatch.setattr(prepare, "_shown", 0)
+    monkeypatch.setattr(prepare, "monotonic", lambda: next(now))
+    for word in "one", "two", "three", "four":
+        prepare.show_progress(word)
+    assert capsys.readouterr().out == "two\nfour\n"      # 7, not 6, is what it remembers
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -423,6 +562,25 @@ def test_what_is_prepared_is_not_made_again_even_where_nothing_can_be_locked(
     assert times == [path.stat().st_mtime_ns for path in c4.iterdir()] and not hub.asked
 
 
+def test_an_older_python_gets_one_line():
+    lines = "import sys; sys.version_info = (3, 10, 13); import prepare"
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "Python 3.11 or newer is needed" in done.stderr
+
+
+def test_a_user_without_a_home_has_a_cache():
+    lines = """import pwd
+from unittest.mock import Mock
+pwd.getpwuid = Mock(side_effect=KeyError)
+import prepare
+print(prepare.CACHE)"""
+    env = {name: os.environ[name] for name in os.environ.keys() - {"HOME", "AUTORESEARCH_CACHE"}}
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True,
+                          env=env)
+    assert done.stdout == "/tmp/.cache/autoresearch\n", done.stderr
+
+
 def test_without_fcntl_one_line_names_wsl2():
     lines = "import sys; sys.modules['fcntl'] = None; import prepare"
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
@@ -433,7 +591,7 @@ def test_data_that_is_none_and_a_cache_that_cannot_be_written_get_one_line(refus
                                                                           tmp_path):
     for data in "nonsense", "c4:0", "c4:1025", "c4:x", "stdlib:2", "/no/where":
         line = refused("--data", data)
-        assert f"--data {data}:" in line and "stdlib, tinystories, c4" in line
+        assert f"--data {data}:" in line and "python, stdlib, tinystories, c4" in line
     (tmp_path / "empty").mkdir()
     assert "too little text in empty-" in refused("--data", tmp_path / "empty")
     monkeypatch.setattr(prepare, "CACHE", write(tmp_path / "file", "") / "cache")
@@ -442,9 +600,10 @@ def test_data_that_is_none_and_a_cache_that_cannot_be_written_get_one_line(refus
 
 def test_too_little_text_says_how_much_is_enough(refused, run, tmp_path, stories):
     whole = "<|endoftext|>".join(stories)
-    for text in whole[:50_000], "short", "\n" * 999, "a document that is long enough " * 9:
+    for text in whole[:30_000], "short", "\n" * 999, "a document that is long enough " * 9:
         line = refused("--data", write(tmp_path / "text", text))
         need = re.search(r"too little text in text-\w+: .* about ([\d.]+) MB", line)
+        assert re.search(r"[01] files have \d\.\d\d MB in new documents of 64 char", line)
         run("--data", write(tmp_path / "text", whole[:int(float(need[1]) * 1e6)]))
 
 
@@ -459,7 +618,8 @@ def test_a_disk_that_takes_no_more_gets_one_line(hub, cache, tmp_path):
 
 @pytest.mark.parametrize("visible, count, printed", [
     (None, 0, ""), (None, 2, "0,1"), ("", 0, ""), ("-1", 0, ""),
-    ("GPU-ab,MIG-cd", 2, "GPU-ab,MIG-cd"), ("3,9,2", 1, "3")])
+    ("GPU-ab,MIG-cd", 2, "GPU-ab,MIG-cd"), ("3,9,2", 1, "3"),
+    ("MIG-ab,MIG-cd", 1, "MIG-ab,MIG-cd")])      # a process sees one slice, however many are named
 def test_devices_prints_the_names_of_what_torch_sees(run, monkeypatch, visible, count, printed):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
@@ -474,7 +634,26 @@ def test_a_gpu_that_torch_cannot_use_is_named(run, refused, monkeypatch, c4):
     assert "WARNING" not in run("--data", "c4:4")       # CUDA_VISIBLE_DEVICES is -1, on purpose
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert "cannot use the NVIDIA GPU" in run("--data", "c4:4")
+
+
+@pytest.mark.parametrize("problem, words", [
+    ("CUDA error: no kernel image is available\nmore", "install a torch for it"),
+    ("CUDA error: out of memory\nmore", "out of memory; CUDA_VISIBLE_DEVICES=-1 trains"),
+    ("", "CUDA_VISIBLE_DEVICES=-1 trains")])
+def test_only_a_torch_without_kernels_for_the_gpu_is_to_be_replaced(refused, monkeypatch, problem,
+                                                                     words):
+    broken = Mock(side_effect=RuntimeError(problem))
     monkeypatch.setattr(prepare, "CUDA", True)
-    monkeypatch.setattr(prepare.torch, "ones", Mock(side_effect=RuntimeError("no kernel\nmore")))
-    monkeypatch.setattr(prepare.torch.cuda, "get_device_capability", lambda: (6, 1))
-    assert re.search(r"no kernel.*\(6, 1\).*CUDA_VISIBLE_DEVICES=-1", refused())
+    monkeypatch.setattr(prepare.torch, "ones", broken)
+    monkeypatch.setattr(prepare.torch.cuda, "get_device_capability", broken)
+    line = refused()
+    assert words in line and ("install" in line) == ("kernel" in problem) and "more" not in line
+
+
+def test_a_gpu_that_others_use_is_named_and_a_free_one_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "CUDA", True)
+    monkeypatch.setattr(prepare.torch, "ones", Mock())
+    for free, warned in (8e9, False), (7e9, True):
+        monkeypatch.setattr(prepare.torch.cuda, "mem_get_info", Mock(return_value=(free, 8.5e9)))
+        prepare.check_card()
+        assert ("7.0 of 8.5 GB are free" in capsys.readouterr().err) == warned

@@ -1,4 +1,5 @@
-"""What a train.py may and may not do: candidates through the real bench, without the screen."""
+"""What a train.py may and may not do: candidates through the real bench, without the guard's half
+that reads their source; test_guard.py has that one."""
 
 import contextlib
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,10 +29,11 @@ import prepare  # noqa: E402
 
 BUDGET = 0.15               # seconds of training
 KEY = "K" + "3b1c" * 8
+GUARD = prepare.refuse_source
 
 # What the candidates share. Each changes a method of the model, or train().
 TRAIN = '''
-import copy, math, os, subprocess, sys, threading, time
+import copy, json, math, os, subprocess, sys, threading, time
 import torch, torch.nn as nn, torch.nn.functional as F
 import prepare
 
@@ -167,6 +170,13 @@ HONEST = {
         "    bench.SEQ_LEN, bench.VOCAB_SIZE = 16, prepare.VOCAB_SIZE",
         "    assert not hasattr(bench, '_clock') and not hasattr(bench, 'ready')",
         "return loop(Model())"),
+    "logits with methods of their own, which nobody calls": forward(
+        "if not self.training: logits.float = logits.is_floating_point = lambda: 1 / 0"),
+    "parameters() of its own, and new functions of modules": train(
+        "nn.Linear.reset_parameters = lambda self: [nn.init.zeros_(self.weight),",
+        "                                           nn.init.zeros_(self.bias)]",
+        "return loop(Model())", source=model("def parameters(self):\n    return []").replace(
+            "list(model.parameters())", "list(nn.Module.parameters(model))")),
     "clocks that stand still": train(
         "time.monotonic = time.thread_time = lambda: 0.0", "return loop(Model())"),
 }
@@ -197,11 +207,35 @@ ATTACKS = {     # name: (candidate, what the crash says)
         "from concurrent.futures import ThreadPoolExecutor",
         "return ThreadPoolExecutor(1).submit(list, prepare.batches(8, 32)).result()"),
         "RuntimeError: batches() belongs to the thread"),
+    "a cpu() of its own": (train(
+        "real, T, model = torch.Tensor.cpu, torch.Tensor, loop(Model())",
+        "T.cpu = lambda self: 0.9 * real(self)",
+        "return model"), "a patch of torch.Tensor.cpu"),
+    "a method of torch._C's that is hidden by one of the same name": (train(
+        "real, model = torch.Tensor.gather, loop(Model())",
+        "torch.Tensor.gather = lambda self, *more: 0.9 * real(self, *more)",
+        "return model"), "a patch of torch.Tensor.gather"),
+    "a cpu() of its own for one call, which undoes itself": (model(
+        "def forward(self, tokens):",
+        "    real = torch.Tensor.cpu",
+        "    def once(tensor):",
+        "        torch.Tensor.cpu = real",
+        "        return 0.9 * real(tensor)",
+        "    if not self.training: torch.Tensor.cpu = once",
+        "    return super().forward(tokens)"), "a patch of torch.Tensor.cpu"),
     "a cross entropy of its own": (train(
-        "real = torch._C._nn.cross_entropy_loss",
-        "model = loop(Model())",
-        "torch._C._nn.cross_entropy_loss = lambda *a, **k: 0.99 * real(*a, **k)",
-        "return model"), "cross_entropy"),
+        "F.cross_entropy, model = lambda *a, **k: torch.zeros(1), loop(Model())",
+        "return model"), "a patch of torch.nn.functional.cross_entropy"),
+    "a kernel of its own": (train(
+        "kernel, model = torch._C._nn.cross_entropy_loss, loop(Model())",
+        "torch._C._nn.cross_entropy_loss = lambda *a, **k: 0.9 * kernel(*a, **k)",
+        "return model"), "a patch of torch._C._nn.cross_entropy_loss"),
+    "another value of ln 2": (train(
+        "real, math.log = math.log, lambda x: 2 * real(x)",
+        "return loop(Model())"), "a patch of math.log"),
+    "a report of its own": (train(
+        "json.encoder.c_make_encoder = None",
+        "return loop(Model())"), "a patch of json.encoder.c_make_encoder"),
     "windows longer than the text": (train("return next(prepare.batches(1, 10 ** 7))"), "seq_len"),
     "sys.exit": (train("sys.exit(0)"), "SystemExit"),
 }
@@ -241,8 +275,8 @@ def bench(folder, tmp_path, monkeypatch, capfd) -> Iterator[Callable[[str], dict
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
     monkeypatch.setattr(time, "monotonic", time.monotonic)          # and what candidates replace
     monkeypatch.setattr(time, "thread_time", time.thread_time)
-    monkeypatch.setattr(torch._C._nn, "cross_entropy_loss", torch._C._nn.cross_entropy_loss)
-    monkeypatch.setattr(prepare, "refuse_modules", lambda source: None)     # has its own tests
+    monkeypatch.setattr(nn.Linear, "reset_parameters", nn.Linear.reset_parameters)
+    monkeypatch.setattr(prepare, "refuse_source", lambda source: None)      # has its own tests
     monkeypatch.setattr(prepare, "end_with_driver", lambda pipe: None)      # not a pipe
 
     def run(source: str) -> dict:
@@ -255,6 +289,10 @@ def bench(folder, tmp_path, monkeypatch, capfd) -> Iterator[Callable[[str], dict
         return last
 
     yield run
+    for owner, name, _ in prepare.functions() - prepare.BEFORE:     # what the candidate put there
+        delattr(owner, name)
+    for owner, name, value in prepare.BEFORE - prepare.functions():
+        setattr(owner, name, value)
     torch.set_default_device(None)
     torch.compiler.set_stance("default")
 
@@ -279,11 +317,18 @@ def test_an_honest_model_gets_its_own_score(name, bench, monkeypatch):
     assert last["event"] == "report", last
     assert 1 < last["val_bpb"] < 6 and 1 < last["test_bpb"] < 6
     assert 0 < last["train_seconds"] < BUDGET + prepare.ONE_STEP
+    assert last["num_params"] == (512 + 512) * 32 + 512 or "recurrent" in name or "copied" in name
 
 
 def test_settings_of_the_compiler_are_open():       # here, where it is imported already
-    prepare.refuse_modules("import torch\nfrom torch._inductor import config\nconfig.x = 1\n"
-                           "torch._dynamo.config.cache_size_limit = 64")
+    prepare.refuse_source("import torch\nfrom torch._inductor import config\nconfig.x = 1\n"
+                          "torch._dynamo.config.cache_size_limit = 64")
+
+
+def test_a_candidate_that_the_guard_refuses_does_not_begin(bench, monkeypatch):
+    monkeypatch.setattr(prepare, "refuse_source", GUARD)
+    last = bench("import prepare\nprint(1 / 0)\nimport os\n")
+    assert last["event"] == "crash" and "not allowed in line 3: import os: " in last["reason"]
 
 
 # A process of its own: its protocol, and its end
@@ -299,7 +344,8 @@ def test_a_run_says_what_a_driver_has_to_know_and_neither_lies_nor_exits_bring_a
         "return loop(Model())", source=forward("if self.calls == 5: os._exit(0)"))
     _, cache, scripts = corpus
     options = flags(source, cache / (cache / "current").read_text(), tmp_path)
-    done = subprocess.run([sys.executable, scripts / "prepare.py", *options], text=True,
+    unguarded = "import prepare; prepare.refuse_source = lambda source: None; prepare.main()"
+    done = subprocess.run([sys.executable, "-c", unguarded, *options], cwd=scripts, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
     said = events(done.stdout)
     assert [event["event"] for event in said] == ["setup", "training", "progress", "evaluation"]
@@ -309,6 +355,7 @@ def test_a_run_says_what_a_driver_has_to_know_and_neither_lies_nor_exits_bring_a
     assert setup["torch"] == torch.__version__ and setup["threads"] == 1
     assert setup["processor"].endswith(f"{os.cpu_count()} cores") and setup["bf16"] in (True, False)
     assert setup["train_tokens"] > 10 ** 5 and 2 < setup["bytes_per_token"] < 5
+    assert setup["contract"] == prepare.CONTRACT
     assert {"device", "budget", "data", "sha256", "seq_len", "vocab_size", "prepare"} < {*setup}
 
 
@@ -319,7 +366,7 @@ WHEN = {"setup": train(PAUSE), "training": train("next(prepare.batches(1))", PAU
 
 @pytest.mark.parametrize("when", WHEN)
 def test_the_end_of_the_driver_ends_a_run_and_its_children(when, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "refuse_modules", lambda source: None)
+    monkeypatch.setattr(prepare, "refuse_source", lambda source: None)
     (stdin, driver), (log, stdout) = os.pipe(), os.pipe()
 
     def child():
@@ -382,6 +429,29 @@ def test_work_of_another_thread_costs_nothing(clock):
         thread.join()
         break
     assert prepare.seconds_now() - clock.start < 0.1
+
+
+def test_a_second_loop_knows_what_the_last_step_of_the_first_took(clock):
+    for _ in range(3):
+        for _ in prepare.batches(1, 8):
+            work(0.12)
+            break
+    assert clock.steps == 1     # of 0.12 s; a second would end after 0.24 of 0.2 s
+
+
+def test_a_second_loop_waits_for_the_step_before_the_last_as_the_first_does(clock, monkeypatch):
+    """On a GPU, whose event and whose pinned memory stand in here."""
+    calls = []
+    clock.budget, clock.done = 60, types.SimpleNamespace(
+        synchronize=lambda: calls.append("wait"), record=lambda: calls.append("mark"))
+    monkeypatch.setattr(prepare, "CUDA", True)
+    monkeypatch.setattr(prepare, "synchronize", lambda: calls.append("wait for all"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    for _ in range(2):
+        for _ in prepare.batches(1, 8):
+            if clock.steps % 2 == 0:
+                break
+    assert calls == ["wait for all"] * 2 + ["wait", "mark"] * 2
 
 
 def test_no_batch_is_handed_out_without_the_time_for_it(clock):
