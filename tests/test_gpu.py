@@ -23,6 +23,11 @@ def gpu(monkeypatch):
         monkeypatch.setattr(train, name, value)
 
 
+def make_small(monkeypatch):
+    for name, value in {"CHANNELS": 32, "HEADS": 2, "TABLE_ROWS": 64}.items():
+        monkeypatch.setattr(train, name, value)
+
+
 @pytest.mark.parametrize("gib, tokens", [(8, 2 ** 13), (12, 2 ** 14), (16, 2 ** 14), (24, 2 ** 15),
                                          (80, 2 ** 17), (141, 2 ** 17), (2, 2 ** 7)])
 def test_activations_get_half_of_what_weights_and_states_leave_free(gpu, gib, tokens):
@@ -48,15 +53,41 @@ def test_a_step_is_as_large_as_the_knob_says_on_a_large_card_and_on_a_cpu(gpu, m
     assert train.step_tokens(2 ** 34) == 3 * 2 ** 16
 
 
+@pytest.mark.parametrize("free, part", [(8.4e10, 2 ** 17), (1.5e9, 2 ** 14)])
+def test_a_full_card_takes_the_same_batch_in_smaller_parts(monkeypatch, free, part):
+    make_small(monkeypatch)
+    for name, value in {"CUDA": True, "BATCH_TOKENS": 2 ** 18, "DTYPE": torch.float32}.items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(8.5e10)))
+    asked, parts = [], []
+
+    def batches(rows, length):
+        asked.append(rows * length)
+        yield None, None, 0.0
+
+    monkeypatch.setattr(prepare, "batches", batches)
+    monkeypatch.setattr(train, "take_step", lambda loss_of, optimizers, x, y, part, rate:
+                        parts.append(part * train.LENGTH))
+    train.train()
+    assert asked == [2 ** 18] and parts == [part]
+
+
+def test_the_model_is_made_on_the_device(monkeypatch):
+    make_small(monkeypatch)
+    monkeypatch.setattr(prepare, "DEVICE", "meta")
+    monkeypatch.setattr(prepare, "batches", lambda rows, length: ())
+    monkeypatch.setattr(train, "make_optimizers", lambda model: [])
+    assert {t.device.type for t in train.train().state_dict().values()} == {"meta"}
+
+
 def test_a_step_in_parts_with_a_loss_scale_moves_the_weights_alike(monkeypatch):
     """Muon, Adam and Adagrad: 6 rows at once, or 2 at a time with gradients 1024 times as large."""
-    for name, value in {"CHANNELS": 32, "HEADS": 2, "TABLE_ROWS": 64}.items():
-        monkeypatch.setattr(train, name, value)
+    make_small(monkeypatch)
+    monkeypatch.setattr(train, "DTYPE", torch.float32)      # bfloat16 rounds by more than 2%
     x = torch.randint(prepare.VOCAB_SIZE, (6, 17), generator=torch.Generator().manual_seed(0))
     moved = []
     for rows, scale in (6, 1), (2, 1024):
         monkeypatch.setattr(train, "LOSS_SCALE", scale)
-        monkeypatch.setattr(train, "tokens_at_once", lambda *some, rows=rows: 16 * rows)
         torch.manual_seed(0)
         model = train.GPT()
         optimizers = train.make_optimizers(model)
@@ -66,7 +97,7 @@ def test_a_step_in_parts_with_a_loss_scale_moves_the_weights_alike(monkeypatch):
 
         before = [p.detach().clone() for p in model.parameters()]
         for _ in range(3):      # the first step leaves the zero matrices' inputs without a gradient
-            train.take_step(loss_of, optimizers, x[:, :-1], x[:, 1:], 1.0)
+            train.take_step(loss_of, optimizers, x[:, :-1], x[:, 1:], rows, 1.0)
         moved.append([p.detach() - b for p, b in zip(model.parameters(), before)])
     names = [name for name, _ in model.named_parameters()]
     for name, one, other in zip(names, *moved):
