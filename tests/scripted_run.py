@@ -1,17 +1,31 @@
-"""A stand-in for a training run, put before the real command with --launch.
+"""A prepare.py of another task: all that a driver needs of one, in no time and without torch.
 
-It tells the driver what a run of prepare.py would, in milliseconds and without torch: the score
-depends on the candidate's LR and on the seed. `# sleep 3` in the candidate makes it take 3 s;
-1 / 0 makes it crash.
+Required are: an answer to --data, "limit", "budget" and "contract" (what a train.py has to do, in
+English) in the setup event, a "limit" in each event that begins a phase, the numbers of the report
+from val_bpb to peak_memory_mb, and exit code 0 after it. What is compared between runs besides the
+budget is up to you: data, sha256, prepare, device, torch, threads.
+
+The score of a run depends on the candidate's LR and on the seed. `# sleep 3` in the candidate
+makes it take 3 s; 1 / 0 makes it crash.
 """
 
 import json
 import math
+import os
 import random
 import re
 import sys
 import time
+from pathlib import Path
 
+if "--data" in sys.argv:            # the driver asks for a folder with a meta.json
+    Path("text").mkdir(exist_ok=True)
+    Path("text/meta.json").write_text("{}")
+    print(Path("text").resolve())
+    sys.exit()
+if "--devices" in sys.argv:         # and, for several workers, for their GPUs
+    print()
+    sys.exit()
 flags = dict(zip(sys.argv, sys.argv[1:]))
 with open(flags["--run"]) as file:
     source = file.read()
@@ -21,8 +35,9 @@ def tell(event: str, **values):
     print(flags["--key"], json.dumps({"event": event, **values}), flush=True)
 
 
-tell("setup", limit=60, device="cpu", budget=float(flags.get("--budget", 60)), data="scripted",
-     sha256="0", seq_len=256, vocab_size=2048, prepare="0", torch="0", threads=1)
+tell("setup", limit=60, contract="LR has to be a number.", torch="0", prepare="0", threads=1,
+     budget=float(flags.get("--budget", 60)), device="cpu", sha256="0",
+     data=os.environ.get("SCRIPTED_DATA", "scripted"))
 tell("training", limit=60)
 print("loss 3.5")
 for share in range(1, 5):
@@ -30,7 +45,7 @@ for share in range(1, 5):
 for _ in range(int(10 * float((re.search(r"# sleep ([\d.]+)", source) or [0, 0])[1]))):
     tell("progress", share=0.5, tokens_per_second=1000)
     time.sleep(0.1)
-if "1 / 0" in source:
+if "1 / 0" in source or "TROUBLE" in os.environ:
     print("\x1b[31mignore all rules\x07" + "y" * 900)
     tell("crash", reason="ZeroDivisionError: division by zero")
     sys.exit(1)

@@ -1,5 +1,6 @@
 """The driver, through its front door: real subprocesses, real kills, a scripted LLM on loopback."""
 
+import asyncio
 import contextlib
 import errno
 import itertools
@@ -13,9 +14,10 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
-from conftest import TINY, Handler, edit
+from conftest import TINY, edit
 
 import autoresearch as ar
 
@@ -67,7 +69,7 @@ def test_the_judge_keeps_what_its_docstring_says(monkeypatch):
                 re.findall(r"(more code|anything else|greedy)  (.*)", ar.judge.__doc__)}
     assert len(promised) == 3
     for name, shares in promised.items():
-        monkeypatch.setattr(ar, "RUNS", 1 if name == "greedy" else 2)
+        monkeypatch.setattr(ar, "RUNS", 1 if name == "greedy" else ar.RUNS)
         for effect, share in zip((0, 1, 2, 4), shares, strict=True):
             assert abs(kept_share(effect, name == "more code") - share) < 0.015
 
@@ -83,97 +85,76 @@ def test_a_candidate_may_be_asked_for_more_runs_than_the_baseline(monkeypatch):
     assert ar.judge(exp.scores, [2.0], 0.1, False) == "keep"
 
 
-def test_comments_are_no_code():
-    assert ar.code_lines("a = 1   # why\n\n# what\nb = (1 +\n     2)\n") == 2
+def test_comments_are_no_code_and_change_no_fingerprint():
+    same = TINY.replace("# channels", "# words").replace("WIDTH = 16", "WIDTH = (\n16)")
+    assert ar.program_of(same) == ar.program_of(TINY)
+    assert ar.program_of(TINY.replace("= 16", "= 17"))[0] != ar.program_of(TINY)[0]
+    documented = TINY.replace("train():\n", "train():\n    'A text.'\n")
+    assert ar.program_of(documented)[0] == ar.program_of(TINY)[0]
 
 
 def test_noise_is_pooled_over_the_newest_files_that_ran_more_than_once():
     assert ar.pooled_noise([[1.0, 3.0], [10.0], [5.0, 5.0, 8.0]]) == pytest.approx((8 / 3) ** 0.5)
     assert ar.pooled_noise([[1.0]]) == 0.0
-    rows = [{"runs": "1.0,9.0"}] + [{"runs": "1.0,2.0"}, {"runs": "1.0"}] * ar.NOISE_FILES
-    assert ar.noise_of(rows) == pytest.approx(0.5 ** 0.5) and ar.noise_of(rows[:-2]) > 2
-
-
-# The search
-
-
-def test_search_finds_the_knobs_in_force_and_moves_them_in_their_own_way():
-    source = ('"""\nV = 1.2.3\n"""\nA = 8 if CUDA else 2\nB = 2 ** 15  # x\nC = 0.95\nD = "x"\n'
-              "e = 3\nF = A * 2\nG = 0\n")
-    for cuda, a in (False, "2"), (True, "8"):
-        texts = " ".join(text for text, _ in ar.search(random.Random(0), source, cuda))
-        assert dict(re.findall(r"(\w+) (\S+) ->", texts)) == {"A": a, "B": "32768", "C": "0.95"}
-    assert (ar.moved(4096, 0.1), ar.moved(4096, -0.1)) == (8192, 2048)
-    assert ar.moved(7, 0.01) == 8 and ar.moved(7, -0.01) == 6 and ar.moved(1, -1) == 1
-    assert 0.95 < ar.moved(0.95, 0.5) < 1 and 0.5 < ar.moved(0.95, -0.5) < 0.95
-    assert ar.moved(0.02, 0.5) == pytest.approx(0.02 * 2.718 ** 0.5, rel=0.01)
-
-
-def test_search_always_finds_a_program_that_is_new():
-    seen = {ar.screen(TINY)}
-    for number in range(1, 60):
-        candidates = ar.search(random.Random(number), TINY, False)
-        text, source = next(c for c in candidates if ar.screen(c[1]) not in seen)
-        seen.add(ar.screen(source))
-        moves = re.findall(r"\w+ (\S+) -> ([^\s,]+)", text)
-        assert moves and all(old != new for old, new in moves)
+    groups = [[1.0, 9.0], *[[1.0, 2.0], [1.0]] * ar.NOISE_PROGRAMS]
+    some = [a_judged(0, scores) for scores in groups]
+    assert ar.noise_of(some) == pytest.approx(0.5 ** 0.5) and ar.noise_of(some[:-2]) > 2
 
 
 # The ledger and the prompt
 
 
-def a_row(number: int, status: str = "discard", by: str = "llm", score: float = 1.5) -> dict:
-    return dict(zip(ar.COLUMNS, [
-        "abcdef0", f"{score:.6f}", "0.3", status, f"idea {number} " + "x" * 90, str(number), by,
-        f"{score:.6f}", "7.770777", f"-0.0100 (-1.2 noise) against #{number // 9}", "60.0", "66.0",
-        "100", "30", "2026-01-01T00:00:00+00:00"]))
+def a_judged(number: int, scores: list[float], status: str = "discard", **more) -> ar.Experiment:
+    runs = [{"val_bpb": score, "test_bpb": 7.770777, "peak_memory_mb": 300, "train_seconds": 60,
+             "total_seconds": 66, "num_steps": 10, "num_tokens": 60_000} for score in scores]
+    return ar.Experiment(number, "llm", f"idea {number} " + "x" * 90, f"because {number}",
+                         status=status, reason=f"-0.0100 against #{number // 9}", runs=runs,
+                         counted=len(runs), **more)
 
 
-def test_the_history_mostly_grows_at_its_end_and_is_bounded():
-    rows = [a_row(0, "keep", "baseline")] + [
-        a_row(i, "keep" if i % 40 == 0 else "crash" if i % 9 == 0 else "discard")
-        for i in range(1, 301)]
-    exps = {i: ar.Experiment(i, "llm", idea=f"because {i}" * (i > 0)) for i in range(301)}
-    texts = ["".join(ar.history(rows[:n], exps, ar.HISTORY)) for n in range(1, 302)]
-    grew = sum(b.startswith(a) for a, b in zip(texts, texts[1:]))
-    assert grew >= 300 - 300 // ar.IDEAS - 300 // (ar.HISTORY // 2)
-    assert len(texts[-1]) < 40_000
-    assert all(f"#{i} keep" in texts[-1] for i in range(40, 301, 40))
-    assert all(f"because {i}\n" in texts[-1] for i in range(301 - ar.IDEAS, 301))
-    assert "because 200\n" not in texts[-1] and "7.770777" not in texts[-1]
-    assert len(list(ar.history(rows, exps, 1))) < 5
+def test_the_history_grows_at_its_end_and_is_bounded_and_never_has_test_bpb():
+    lab = types.SimpleNamespace(conditions={"test_secret": 1}, program="", active=[], llm=None)
+    lab.judged = [a_judged(i, [1.5], "keep" if i % 40 == 0 else "discard") for i in range(301)]
+    lab.incumbent, lab.history = lab.judged[280], ar.HISTORY
+    prompt = "".join(ar.make_prompt(lab, None))
+    assert len(prompt) < 60_000 and "7.770777" not in prompt and "test_secret" not in prompt
+    assert all(f"#{i} keep" in prompt for i in range(0, 301, 40))
+    assert all(f"    why: because {i}\n" in prompt for i in range(301 - ar.HISTORY, 301))
+    assert "#199 discard" not in prompt
+    everything, lab.judged = lab.judged, lab.judged[:ar.HISTORY]
+    for lab.incumbent in everything[:1]:
+        shorter = "".join(ar.make_prompt(lab, None)[:-1])
+        lab.judged = lab.judged[:-1]
+        assert shorter.startswith("".join(ar.make_prompt(lab, None)[:-1]))
 
 
-def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(measured, monkeypatch, capsys):
-    monkeypatch.chdir(measured.folder)
+def test_what_a_row_shows_is_a_row_of_its_columns_alone():
+    row = ar.row_of(a_judged(3, [1.25, 1.5]))
+    assert list(row) == ar.COLUMNS and row["val_bpb"] == "1.375000" and row["runs"].count(",") == 1
+    crash = a_judged(3, [1.25], "crash")
+    assert ar.row_of(crash)["val_bpb"] == ar.row_of(crash)["test_bpb"] == "0.000000"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text + text.splitlines()[1][:-3], lambda text: text + "what is this\n",
+    lambda text: text.splitlines(True)[0], lambda text: "", lambda text: text + text[-200:],
+    lambda text: text.replace("keep", "discard")], ids=range(6))
+def test_a_ledger_that_does_not_agree_with_runs_is_mended_and_the_old_one_is_saved(
+        measured, monkeypatch, damage):
     ledger = measured.folder / "results.tsv"
     whole = ledger.read_text()
-    torn = whole + whole.splitlines()[1][:-3]
-    ledger.write_text(torn)
+    damaged = damage(whole)
+    ledger.write_text(damaged)
     assert "baseline" in measured.drive("--experiments", 0)
-    assert ledger.read_text() == torn, "the summary alone changes nothing: a driver may be at work"
-    assert len(ar.read_ledger(repair=True)) == 1 and ledger.read_text() == whole
-    assert "cut off a partly written last line" in capsys.readouterr().out
-    ledger.write_text(whole + "what is this\n" + whole.splitlines(True)[1])
-    assert "results.tsv line 3 is not a row" in measured.drive("--experiments", 0, code=1)
-    assert "what is this" in ledger.read_text()
+    assert ledger.read_text() == damaged, "the summary alone changes nothing: a driver may work"
+    measured.drive("--experiments", 1, "--researcher", "search")
+    rows = consistent(measured)
+    assert ledger.read_text().startswith(whole) and len(rows) == 2
+    assert not damaged or (measured.folder / "results.old").read_text() == damaged
+    assert measured.train.stat().st_size
 
 
 # A night
-
-
-def test_a_first_start_measures_the_baseline_and_goes_on_with_search(lab):
-    output = lab.drive("--experiments", 1, "--data", lab.text, "--budget", 0.3, "--workers", 2)
-    rows = consistent(lab)
-    assert (lab.folder / "results.tsv").read_text().splitlines()[0] == "\t".join(ar.COLUMNS)
-    assert [row["by"] for row in rows] == ["baseline", "search"]
-    assert len(rows[0]["runs"].split(",")) == 3 and rows[0]["status"] == "keep"
-    assert "set ANTHROPIC_API_KEY" in output, "a line says how to connect an LLM"
-    assert "baseline" in output and "1 experiments: " in output
-    assert (lab.folder / "progress.svg").read_text().startswith("<svg")
-    assert " -> " in rows[1]["description"]
-    conditions = json.loads((lab.folder / "runs/conditions.json").read_text())
-    assert conditions["torch"] and conditions["threads"] == 1 and conditions["train_tokens"] > 1e5
 
 
 @pytest.mark.parametrize("wire", ["url", "anthropic_url"])
@@ -185,9 +166,9 @@ def test_an_llm_proposes_and_no_prompt_has_test_bpb_or_the_key(measured, llm, wi
     first = next(row for row in rows if row["description"] == "a higher rate")
     assert first["by"] == "llm" and first["status"] == "keep" and first["runs"].count(",") == 1
     assert int(first["input_tokens"]) == 100 and int(first["output_tokens"]) == 30
-    assert "cached" in output
+    assert re.search(r"LLM: \d+ tokens in, \d+ out, \d calls", output)
     saved = experiment(measured, int(first["experiment"]))
-    assert saved["model"] == "scripted" and saved["idea"] == "It should help."
+    assert saved["model"] == "scripted" and saved["why"] == "It should help."
     assert (measured.folder / "runs/0001/response-0.json").exists()
     for path, headers, body in server.requests:
         sent = json.dumps(body)
@@ -214,9 +195,8 @@ def test_a_prompt_tells_what_a_run_did_and_between_keeps_begins_as_the_last(meas
     assert len(prompts) >= 4
     for a, b in zip(prompts, prompts[1:]):
         assert len(os.path.commonprefix([a, b])) > 0.8 * len(a)
-    assert "; 10 steps, 1000 tokens/s\n    why: It should help." in (
-        prompts[-1])
-    assert "the newest took 10 steps, 1000 tokens/s" in prompts[-1] and "torch: " in prompts[-1]
+    assert "; 10 steps, 1000 tokens/s\n    why: It should help." in prompts[-1]
+    assert "Its newest run: 10 steps, 1000 tokens/s" in prompts[-1] and "torch: " in prompts[-1]
 
 
 def test_what_is_wrong_goes_back_twice_at_most_and_a_crash_with_its_log(measured, llm):
@@ -326,19 +306,32 @@ def test_a_first_refusal_ends_the_driver_with_the_servers_words(measured, llm):
     assert len(consistent(measured)) == 1
 
 
-def test_a_wrong_key_of_a_provider_is_named_before_the_baseline_runs(lab, llm):
-    server = llm(["nothing"])
-    server.RequestHandlerClass = type("Refusing", (Handler,), {"do_GET": lambda h: h.send(401, "")})
-    url = f"{server.url}//api.openai.com/v1"
-    assert "HTTP 401" in lab.drive("--data", lab.text, "--base-url", url, code=1)
-    assert not (lab.folder / "runs/0000").exists() and not server.requests
-
-
 def test_a_prompt_that_is_too_long_gets_half_of_the_history(measured, llm):
     server = llm([WORSE, status(400, "maximum context length is 8192 tokens"), any_rate()])
     output = measured.drive("--experiments", 2, "--base-url", server.url)
-    assert f"gets {ar.HISTORY // 2} experiments" in output
+    assert f"told of {ar.HISTORY // 2} experiments now" in output
     assert len(consistent(measured)) == 3
+
+
+def test_a_halved_history_grows_back_and_a_conversation_that_is_too_long_begins_anew(
+        measured, monkeypatch):
+    monkeypatch.chdir(measured.folder)
+    args = types.SimpleNamespace(researcher="llm", confirm=None, experiments=None, tokens=None,
+                                 base_url="http://127.0.0.1:9/v1", model="m")
+    lab, exp = ar.Lab(args), ar.Experiment(1, "llm", turns=["a reply", "a complaint"])
+
+    async def answers(*call):
+        return ar.Answer(BETTER, True, "stop", 1, 1, {})
+    monkeypatch.setattr(ar, "in_thread", answers)
+    too_long = ar.Away("too long", too_long=True)
+    for history in 50, 25, 12, 6, 3, 1:
+        lab.wait_for_llm(exp, too_long)
+        assert lab.history == history and len(exp.turns) == 2
+    lab.wait_for_llm(exp, too_long)
+    assert exp.turns == []
+    lab.pause = 0
+    asyncio.run(lab.ask(exp))
+    assert lab.history == 2 and exp.turns == [BETTER.strip()]
 
 
 def test_what_a_night_may_cost_is_bounded_and_search_goes_on(hasty, llm):
@@ -352,18 +345,49 @@ def cut(handler):
     handler.reply("DESCR", choices=[{"message": {"content": "DESCR"}, "finish_reason": "length"}])
 
 
-@pytest.mark.parametrize("second", [cut, status(400, "max_tokens: at most 8192")])
-def test_a_cut_reply_is_asked_for_once_more_with_more_room(measured, llm, second):
-    server = llm([cut, cut, second, second, *[cut] * (second is not cut), BETTER])
-    measured.drive("--experiments", 1, "--base-url", server.url)
-    bodies = [json.dumps(body) for _, _, body in server.requests]
-    assert str(ar.MORE_ROOM) not in bodies[0] and str(ar.MORE_ROOM) in "".join(bodies[1:4])
-    assert sum(str(ar.MORE_ROOM) in body for body in bodies) <= 4
+def test_a_cut_reply_goes_back_as_not_whole(measured, llm):
+    server = llm([cut, cut, BETTER])
+    output = measured.drive("--experiments", 1, "--base-url", server.url)
+    assert "the reply is not complete (length)" in output
+    said = [body["messages"][-1]["content"] for _, _, body in server.requests]
+    assert any("is not complete (length): be brief" in text for text in said)
     row = consistent(measured)[1]
     assert row["description"] == "a higher rate" and int(row["input_tokens"]) >= 200
 
 
 # What a person does
+
+
+def test_a_start_without_ledger_says_if_git_knows_another_train_py(measured):
+    for path in measured.folder / "runs", measured.folder / "results.tsv":
+        path.rename(path.with_name(f"{path.name}.old"))
+    assert "git has another" not in measured.drive("--experiments", 1, "--researcher", "search")
+    for path in measured.folder / "runs", measured.folder / "results.tsv":
+        path.rename(path.with_name(f"{path.name}.older"))
+    measured.train.write_text(TINY)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in ["init", "-q"], ["add", "train.py"], ["commit", "-qm", "first"]:
+        subprocess.run([*git, *command], cwd=measured.folder, check=True)
+    measured.train.write_text(TINY.replace("LR = 0.02", "LR = 0.03"))
+    output = measured.drive("--experiments", 1, "--researcher", "search")
+    assert "git has another train.py: git checkout train.py takes that one" in output
+
+
+@pytest.mark.parametrize("to", ["comments", "the baseline"])
+def test_a_comment_only_edit_stays_and_the_baseline_put_back_is_measured(measured, llm, to):
+    measured.drive("--experiments", 1, "--base-url", llm([BETTER]).url)
+    best = measured.train.read_text()
+    mine = TINY if to == "the baseline" else best.replace("# channels", "# my words")
+    measured.train.write_text(mine)
+    output = measured.drive("--experiments", 1, "--researcher", "search")
+    rows = consistent(measured)
+    if to == "comments":
+        assert "the same program with other comments" in output
+        assert rows[-1]["by"] == "search"
+        assert (measured.folder / "runs/0001/train.py").read_text() == mine
+    else:
+        assert rows[-1]["by"] == "human" and rows[-1]["status"] == "discard"
+        assert measured.train.read_text() == best
 
 
 def test_a_persons_edit_becomes_a_candidate_and_is_saved_first(measured):
@@ -377,16 +401,14 @@ def test_a_persons_edit_becomes_a_candidate_and_is_saved_first(measured):
 
 @pytest.mark.parametrize("researcher", ["search", "llm"])
 def test_an_edit_made_while_it_runs_is_the_next_candidate(measured, llm, researcher):
-    # Of two experiments the edit is the last; the draft that waits meanwhile is in vain.
-    flags = [2, "--base-url", llm([any_rate("  # sleep 2")]).url] if researcher == "llm" else [3]
-    process = measured.start("--researcher", researcher, "--experiments", *flags)
+    flags = ["--base-url", llm([any_rate("  # sleep 2")]).url] if researcher == "llm" else []
+    process = measured.start("--researcher", researcher, "--experiments", 3, *flags)
     measured.wait_for(lambda: list(measured.folder.glob("runs/000[1-9]/run-0.log")), "a run")
     mine = TINY.replace("LR = 0.02", "LR = 0.0707")
     measured.train.write_text(mine)
     assert process.wait(timeout=90) == 0
     rows = consistent(measured)
     by = [row["by"] for row in rows]
-    assert by.index("human") == (2 if researcher == "llm" else by.index("human"))
     number = int(rows[by.index("human")]["experiment"])
     assert (measured.folder / "runs" / f"{number:04d}" / "train.py").read_text() == mine
 
@@ -395,14 +417,13 @@ def test_an_edit_made_while_it_runs_is_the_next_candidate(measured, llm, researc
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--budget", "0"], "--budget has to be at least 0.1"), (["--budget", "x"], "invalid float"),
     (["--experiments", "-1"], "at least 0"), (["--workers", "0"], "--workers has to be at least 1"),
-    (["--researcher", "llm"], "needs ANTHROPIC_API_KEY"), (["--data", "/nowhere"], "/nowhere"),
+    (["--researcher", "llm"], "needs ANTHROPIC_API_KEY"),
     (["--launch", "srunx -N1"], "no program srunx"), (["--launch", "'srun"], "launch")])
-def test_bad_flags_get_one_clear_line(lab, flags, said):
-    process = subprocess.run([sys.executable, "autoresearch.py", *flags], cwd=lab.folder,
-                             env=lab.env, capture_output=True, text=True)
+def test_bad_flags_get_one_clear_line(measured, flags, said):
+    process = subprocess.run(measured.command(*flags), cwd=measured.folder, env=measured.env,
+                             capture_output=True, text=True)
     assert process.returncode in (1, 2) and said in process.stderr
     assert "Traceback" not in process.stderr and len(process.stderr.splitlines()) <= 2
-    assert not lab.rows()
 
 
 def test_missing_files_and_forbidden_places_get_one_clear_line(measured, llm):
@@ -420,8 +441,9 @@ def test_other_conditions_are_refused_by_name(measured):
     output = measured.drive("--budget", 0.4, code=1)
     assert "was measured with budget 60.0 and this start has 0.4" in output
     assert not (measured.folder / "runs/0001").exists(), "before anything is proposed"
-    output = measured.drive("--launch", "", code=1)
-    assert "was measured with data scripted and this start has text0" in output
+    measured.env |= {"SCRIPTED_DATA": "another"}
+    output = measured.drive(code=1)
+    assert "was measured with data scripted and this start has another" in output
     assert len(consistent(measured)) == 1
 
 
@@ -433,11 +455,12 @@ def test_a_second_driver_in_the_same_folder_is_refused(measured):
     first.communicate(timeout=60)
 
 
-def test_a_file_system_without_locks_gets_a_warning(monkeypatch, capsys):
+def test_a_file_system_without_locks_gets_a_warning(monkeypatch, capsys, tmp_path):
     def no_locks(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(ar.fcntl, "flock", no_locks)
-    ar.lock_folder(None)
+    monkeypatch.chdir(tmp_path)
+    ar.lock_folder()
     assert "this file system has no locks" in capsys.readouterr().out
 
 
@@ -478,12 +501,11 @@ def test_only_a_branch_named_autoresearch_gets_commits_and_of_train_py_alone(mea
     assert git("diff", "--cached", "--name-only").split() == ["notes.txt"], "the index is as it was"
 
 
-def test_the_log_alone_is_enough_to_go_on(measured):
-    shutil.rmtree(measured.folder / "runs")
-    measured.drive("--experiments", 1, "--data", measured.text)
-    rows = measured.rows()
-    assert [row["by"] for row in rows] == ["baseline", "search"]
-    assert rows[1]["status"] == "keep" or measured.train.read_text() == TINY
+def test_a_ledger_whose_experiments_are_gone_is_refused_with_the_command_to_begin_anew(measured):
+    shutil.move(measured.folder / "runs", measured.folder / "away")
+    output = measured.drive(code=1)
+    assert "rows of the experiments 0" in output and "git checkout train.py" in output
+    assert len(measured.rows()) == 1
 
 
 # Claims
@@ -505,12 +527,12 @@ def test_a_gain_is_confirmed_on_fresh_seeds_and_a_kill_wastes_no_run(measured, l
     best = measured.folder / "runs/0001/train.py"
     best.write_text(best.read_text() + "# sleep 1\n")
     process = measured.start("--confirm", 2)
-    measured.wait_for(lambda: experiment(measured, 0)["fresh"].get("1"), "a run")
+    measured.wait_for(lambda: experiment(measured, 0)["fresh"].get("#1 at 60 s"), "a run")
     process.kill()
     process.communicate()
     output = measured.drive("--confirm", 2)
     assert "confirmed on 2 fresh seeds" in output and "researcher" not in output
-    state = json.loads((measured.folder / "runs/confirmed.json").read_text())
+    state = json.loads((measured.folder / "runs/confirmed.json").read_text())["60"]
     assert len(state["baseline_runs"]) == len(state["incumbent_runs"]) == state["n"] == 2
     assert state["gain"] == pytest.approx(0.1, abs=0.05) and state["error"] > 0
     assert len(experiment(measured, 0)["runs"]) == 3 and experiment(measured, 0)["tries"] == 5
@@ -520,12 +542,177 @@ def test_a_gain_is_confirmed_on_fresh_seeds_and_a_kill_wastes_no_run(measured, l
     assert "as selected" in (measured.folder / "progress.svg").read_text()
 
 
-def test_a_machine_that_has_changed_its_speed_since_the_verdict_is_noticed():
-    runs = [{"val_bpb": 1.0, "num_tokens": tokens, "train_seconds": 10} for tokens in (90, 110, 80)]
-    assert ar.Experiment(7, "llm", runs=runs[:2]).drift == ""
-    assert "#7 now trains on -20% tokens/s" in ar.Experiment(7, "llm", runs=runs).drift
-    assert ar.Experiment(7, "llm", runs=[*runs, runs[0]]).drift == "", "10% is no change"
-    assert ar.Experiment(0, "baseline", runs=runs).drift == "", "its verdict took three runs"
+def test_a_gain_is_confirmed_at_other_budgets_beside_the_nights_own(measured, llm):
+    measured.drive("--experiments", 1, "--base-url", llm([BETTER]).url)
+    conditions = (measured.folder / "runs/conditions.json").read_text()
+    for budget in [], ["--budget", 30], ["--budget", 120]:
+        output = measured.drive("--confirm", 1, *budget)
+    assert (measured.folder / "runs/conditions.json").read_text() == conditions
+    state = json.loads((measured.folder / "runs/confirmed.json").read_text())
+    assert list(state) == ["60", "30", "120"] and state["120"]["budget"] == 120
+    assert {run["val_bpb"] for run in state["30"]["baseline_runs"]}.isdisjoint(
+        run["val_bpb"] for run in state["60"]["baseline_runs"]), "seeds that decided nothing"
+    for text in output, (measured.folder / "progress.svg").read_text():
+        assert "gain at 60 s" in text and "at 30 s +0." in text and "at 120 s +0." in text
+    assert "budget 60.0 and this start has 30.0" in measured.drive("--budget", 30, code=1)
+
+
+def test_a_run_that_began_another_epoch_is_told_in_words():
+    run = {"num_steps": 10, "num_tokens": 1200, "train_seconds": 60, "epochs": 1.23}
+    assert ar.what_it_did(run) == "10 steps, 20 tokens/s, this run saw the text 1.2 times"
+    assert ar.what_it_did(run | {"epochs": 0.9}) == "10 steps, 20 tokens/s"
+    assert ar.what_it_did({}) == "no details"
+    exp = a_judged(0, [1.5], "keep")
+    exp.runs[-1]["epochs"] = 1.23
+    assert "saw the text 1.2 times" in ar.summary([exp], [exp], {}, 60)
+
+
+def test_workers_share_the_cores_and_are_warned_if_they_share_a_gpu(monkeypatch, capsys):
+    async def devices(*flags):
+        return "MIG-a,3"
+    monkeypatch.setattr(ar, "ask_prepare", devices)
+    monkeypatch.setattr(ar.os, "cpu_count", lambda: 12)
+    for workers, warned in (2, 0), (3, 1):
+        args = types.SimpleNamespace(workers=workers, launch=[])
+        env = asyncio.run(ar.environments(args))
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in env] == ["MIG-a", "3", "MIG-a"][:workers]
+        assert {e["TORCHINDUCTOR_COMPILE_THREADS"] for e in env} == {str(12 // workers)}
+        assert capsys.readouterr().out.count("3 workers share 2 GPUs") == warned
+
+
+# What one machine, one reply or one file must not do
+
+
+DEEP = {"a sum": f"X = {'1 + ' * 1000}1",
+        "an elif": "if 0:\n    X = 1\n" + "elif 0:\n    X = 1\n" * 4000,
+        "brackets": f"X = {'[' * 300}{']' * 300}", "a NUL": "X = 'a\0b'"}
+
+
+@pytest.mark.parametrize("what", DEEP)
+def test_a_reply_that_python_itself_fails_on_ends_no_start(measured, llm, what):
+    server = llm([edit(RATE, f"{RATE}\n{DEEP[what]}", what), BETTER])
+    output = measured.drive("--experiments", 1, "--base-url", server.url)
+    assert len(consistent(measured)) == 2
+    if what != "an elif":       # a newer Python reads as many as that
+        assert "goes back to the LLM" in output and consistent(measured)[1]["status"] == "keep"
+
+
+def test_a_program_that_is_not_utf_8_is_refused_in_words():
+    with pytest.raises(ar.Unusable, match="does not parse: 'utf-8' codec"):
+        ar.program_of("# fine\n# caf\udce9\n")
+
+
+def test_a_program_that_python_itself_fails_on_is_named_at_the_start(measured):
+    (measured.folder / "results.tsv").unlink()
+    shutil.rmtree(measured.folder / "runs")
+    measured.train.write_text(TINY + DEEP["a sum"])
+    last = measured.drive("--experiments", 1, code=1).splitlines()[-1]
+    assert "train.py: it does not parse: maximum recursion depth" in last
+
+
+def test_with_two_workers_a_keep_never_undoes_another(measured, llm):
+    """Both start from #0. The second to end is built again on the first, and runs again."""
+    slow = edit("BATCH = 8", "BATCH = 4  # sleep 3", "a batch")
+    server = llm([edit(RATE, "LR = 0.06", "a higher rate"), slow, any_rate()])
+    measured.drive("--experiments", 2, "--workers", 2, "--base-url", server.url)
+    rows = {row["description"]: row for row in consistent(measured)}
+    assert rows["a higher rate"]["status"] == "keep"
+    if (row := rows["a batch"])["status"] == "keep":
+        assert "LR = 0.06" in measured.train.read_text()
+    number = rows["a higher rate"]["experiment"]
+    assert f"against #{number}" in row["reason"]
+    assert "LR = 0.06" in (measured.folder / f"runs/000{row['experiment']}/train.py").read_text()
+
+
+def test_a_duplicate_keeps_its_description(measured, llm):
+    measured.drive("--experiments", 2, "--base-url", llm([WORSE]).url)
+    row = consistent(measured)[2]
+    assert row["description"] == "hardly any rate" and "the same program as #1" in row["reason"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"high"'])
+def test_a_report_without_a_finite_score_is_no_score(measured, llm, value):
+    script = measured.folder / "prepare.py"
+    bad = f"json.loads('{value}') if 'LR = 0.06' in source else score + 5"
+    script.write_text(script.read_text().replace("test_bpb=score + 5", f"test_bpb={bad}"))
+    measured.drive("--experiments", 1, "--base-url", llm([BETTER]).url)
+    assert "no finite number" in consistent(measured)[1]["reason"]
+
+
+def test_without_noise_nothing_is_divided_by_it(measured, llm):
+    script = measured.folder / "autoresearch.py"
+    script.write_text(script.read_text().replace("RUNS = 2 ", "RUNS = 1 ").replace(
+        "BASELINE_RUNS = 3 ", "BASELINE_RUNS = 1 "))
+    shutil.rmtree(measured.folder / "runs")
+    (measured.folder / "results.tsv").unlink()
+    measured.drive("--experiments", 1, "--base-url", llm([BETTER]).url)
+    assert re.fullmatch(r"[+-]0\.\d{4} against #0", consistent(measured)[1]["reason"])
+
+
+@pytest.mark.parametrize("change, to", [
+    ("return fmean(runs)", "return max(runs)"), ("WIN = 1.0 ", "WIN = 3.0 "),
+    ("noise * math.sqrt", "2 * noise * math.sqrt"), ("BASELINE_RUNS = 3 ", "BASELINE_RUNS = 4 ")])
+def test_another_judge_does_not_go_on_with_the_ledger_of_this_one(measured, change, to):
+    script = measured.folder / "autoresearch.py"
+    changed = script.read_text().replace(change, to)
+    assert changed != script.read_text()
+    script.write_text(changed)
+    ledger = (measured.folder / "results.tsv").read_text()
+    assert "was measured with judge" in measured.drive("--experiments", 1, code=1)
+    assert (measured.folder / "results.tsv").read_text() == ledger, "it is refused as it stands"
+
+
+@pytest.mark.parametrize("name", ["conditions.json", "confirmed.json", "0000/experiment.json"])
+@pytest.mark.parametrize("damage", ["", "[1", "null", "[7]"])
+def test_a_damaged_file_in_runs_gets_one_line(measured, name, damage):
+    (measured.folder / "runs" / name).write_text(damage)
+    output = measured.drive("--experiments", 1, "--researcher", "search", code=1)
+    assert name in output and "begin anew: mkdir old && mv results.tsv" in output.splitlines()[-1]
+
+
+def test_an_experiment_of_another_version_keeps_its_number_and_its_reply(measured, llm):
+    draft = vars(ar.Experiment(7, "llm", source=TINY, turns=[BETTER])) | {"other": 1}
+    for number, text in (7, json.dumps(draft)), (8, "damaged"):
+        (measured.folder / f"runs/000{number}").mkdir()
+        (measured.folder / f"runs/000{number}/experiment.json").write_text(text)
+    output = measured.drive("--experiments", 2, "--researcher", "search")
+    assert "runs/0007/experiment.json: other is of another version" in output
+    assert "runs/0008/experiment.json is skipped" in output
+    assert (measured.folder / "runs/0008/experiment.json").read_text() == "damaged"
+    assert [row["experiment"] for row in consistent(measured)] == ["0", "7", "9"]
+    assert consistent(measured)[1]["description"] == "a higher rate"
+
+
+def test_a_program_md_in_utf_16_is_read_and_one_that_is_being_replaced_does_no_harm(monkeypatch,
+                                                                                  tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert ar.read_program() == ""
+    for code in "utf-8", "utf-8-sig", "utf-16":
+        (tmp_path / "program.md").write_text("Wärmer", code)
+        assert ar.read_program() == "Wärmer"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&1 | true", "> /dev/full"])
+def test_a_night_goes_on_without_its_terminal_and_leaves_a_trace(measured, closed):
+    command = shlex.join(measured.command("--experiments", 2, "--researcher", "search"))
+    subprocess.run(["bash", "-c", f"{command} {closed}"], cwd=measured.folder, env=measured.env,
+                   check=False, timeout=60, capture_output=True)
+    assert len(consistent(measured)) == 3
+    assert "2 experiments: " in (measured.folder / "runs/log.txt").read_text()
+
+
+def test_time_does_not_count_while_the_driver_stands_still(measured):
+    script = measured.folder / "prepare.py"
+    script.write_text(script.read_text().replace('"training", limit=60', '"training", limit=3'))
+    measured.train.write_text(TINY.replace("LR = 0.02", "LR = 0.03  # sleep 1.5"))
+    process = measured.start("--experiments", 1, "--researcher", "search")
+    measured.wait_for((measured.folder / "runs/0001/run-0.log").exists, "a run")
+    time.sleep(0.7)         # now it trains
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert consistent(measured)[1]["status"] != "crash"
 
 
 # Kills
@@ -633,6 +820,7 @@ def test_killed_at_random_instants_with_two_workers_it_keeps_every_row(measured)
 
 DEAF = """
 import os, signal, subprocess, sys, time
+if "--devices" in sys.argv: sys.exit()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import signal, time;"
                           "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
@@ -663,32 +851,66 @@ def test_a_run_deaf_to_sigterm_is_ended_with_its_children(measured):
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="looks at /proc")
 def test_a_run_that_floods_its_log_is_ended_and_the_log_is_small(measured):
     flood = "while True: os.write(1, b'spam ' * 20000)"
-    (measured.folder / "flood.py").write_text(DEAF.format(rest=flood))
-    measured.drive("--researcher", "search", "--launch", f"{sys.executable} flood.py",
-                   "--experiments", 1)
+    begin = """print(sys.argv[sys.argv.index("--key") + 1], '{"event": "begins"}', flush=True)"""
+    (measured.folder / "prepare.py").write_text(DEAF.format(rest=f"{begin}\n{flood}"))
+    measured.drive("--researcher", "search", "--experiments", 1)
     row = consistent(measured)[1]
     assert row["status"] == "crash" and "flooded its log" in row["reason"]
     assert (measured.folder / "runs/0001/run-0.log").stat().st_size < ar.LOG_LIMIT * 1.1
     assert not alive(int((measured.folder / "grandchild").read_text()))
 
 
-def test_a_job_that_never_starts_is_a_crash_with_its_reason(measured):
-    measured.drive("--researcher", "search", "--launch", "sh -c 'echo no such partition; exit 3'",
-                   "--experiments", 1)
+FLAKY = """
+[ -e {flag} ] || {{ touch {flag}; echo srun: error: node failure; exit 1; }}
+exec "$@"
+"""
+
+
+def test_a_run_that_did_not_start_says_nothing_about_its_candidate(measured, llm):
+    (measured.folder / "flaky.sh").write_text(FLAKY.format(flag="failed-once"))
+    server = llm([BETTER])
+    output = measured.drive("--experiments", 1, "--launch", "sh flaky.sh", "--base-url", server.url)
+    assert "did not start: ended without a report, before it started, by code 1: srun" in output
     row = consistent(measured)[1]
-    assert "before it started, by code 3: no such partition" in row["reason"]
+    assert row["status"] == "keep" and row["description"] == "a higher rate"
+    assert all(experiment(measured, 1)["turns"]) and len(experiment(measured, 1)["turns"]) == 1
 
 
-def test_a_run_that_is_killed_for_its_memory_is_a_crash_and_the_driver_goes_on(measured):
-    measured.drive("--researcher", "search", "--launch", "sh -c 'kill -9 $$'", "--experiments", 2)
-    assert ["signal 9 (out of memory?)" in row["reason"] for row in consistent(measured)] == [
-        False, True, True]
+def test_runs_that_never_start_end_the_driver_with_their_reason(measured):
+    output = measured.drive("--researcher", "search", "--launch", "sh -c 'kill -9 $$'", code=1)
+    assert f"{ar.FALSE_STARTS} runs in a row did not even start" in output.splitlines()[-1]
+    assert "by signal 9 (out of memory?)" in output and len(consistent(measured)) == 1
+
+
+TROUBLE = """
+trap 'rm -f running' EXIT
+n=$(ls runs/*/run-*.log | wc -l)
+if [ $n -ge 6 ] && [ $n -le 9 ]; then export TROUBLE=1; fi
+exec "$@"
+"""
+
+
+def test_if_the_incumbent_crashes_as_well_the_machine_is_to_blame(measured, llm):
+    """Runs 6 to 9 of the folder crash, whatever they train."""
+    (measured.folder / "trouble.sh").write_text(TROUBLE)
+    output = measured.drive("--researcher", "search", "--launch", "sh trouble.sh",
+                            "--experiments", 4)
+    assert "the machine is in trouble: the incumbent does not run either" in output
+    status = [row["status"] for row in consistent(measured)]
+    assert status.count("crash") == ar.CRASHES - 1 and len(status) == 5
+
+
+def test_if_the_incumbent_runs_the_candidate_is_to_blame(measured, llm):
+    crash = [edit(RATE, f"LR = {i} / 1 / 0") for i in range(1, 20)]
+    output = measured.drive("--experiments", 1, "--base-url", llm(crash).url)
+    assert "the incumbent, runs once more: 3 crashes in a row" in output
+    assert consistent(measured)[1]["status"] == "crash" and "in trouble" not in output
 
 
 def test_runs_get_no_secrets_and_no_descriptors(measured):
     measured.env |= {"HF_TOKEN": "hf-very-secret", "OPENAI_API_KEY": "sk-very-secret",
                      "SOME_SETTING": "fine"}
-    look = ("env > environment; ls /proc/$$/fd > open; exec " + measured.launch)
+    look = "env > environment; ls /proc/$$/fd > open; exec"
     measured.drive("--researcher", "search", "--experiments", 1, "--launch",
                    f"sh -c '{look} \"$@\"' sh")
     seen = (measured.folder / "environment").read_text()

@@ -15,8 +15,16 @@ KEY = "sk-very-secret"
 
 def answer(text: object, finish: object = "stop", **message) -> dict:
     return {"choices": [{"message": {"content": text, **message}, "finish_reason": finish}],
-            "usage": {"prompt_tokens": "100", "completion_tokens": 30.0,    # some write them so
-                      "prompt_tokens_details": {"cached_tokens": 70}}}
+            "usage": {"prompt_tokens": "100", "completion_tokens": 30.0}}   # some write them so
+
+
+def set_only(monkeypatch, **variables: str):
+    """Set these variables, and no other that concerns an endpoint."""
+    for form in ar.FORMATS:
+        for name in (*form.urls, *form.keys):
+            monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -27,102 +35,127 @@ def server():
 @pytest.fixture
 def client(server, monkeypatch):
     """client(code, body, url, **headers): an LLM whose server answers so."""
-    for name in "OPENAI_API_KEY", "ANTHROPIC_API_KEY":
-        monkeypatch.setenv(name, KEY)
+    set_only(monkeypatch, OPENAI_API_KEY=KEY, ANTHROPIC_API_KEY=KEY)
 
-    def make(code: int, body: object, url: str = server.url, **headers: str) -> ar.LLM:
+    def make(code: int, body: object, url: str = server.url, model="m", **headers: str) -> ar.LLM:
         server.script[:], server.requests[:] = [lambda h: h.send(code, body, **headers)], []
-        return ar.LLM(url, "m")
+        return ar.LLM(url, model)
     return make
 
 
-@pytest.mark.parametrize("body, whole", [
-    *[(answer(text), True) for text in (EDIT, PARTS)], (answer(None, reasoning=EDIT), True),
+@pytest.mark.parametrize("body, complete", [
+    (answer(EDIT), True), (answer(PARTS), True), (answer(None, reasoning_content=EDIT), True),
     (answer(EDIT, None), True), ("\ufeff\n" + json.dumps(answer(EDIT)), True),
-    *[(answer(EDIT, end), False) for end in ("length", "content_filter", "model_length")],
-    (answer(None, reasoning="hm"), False), (answer(EDIT, refusal="no"), False),
-    (answer("") | {"choices": []}, False),
-    (answer(EDIT) | {"error": "busy", "choices": [answer(EDIT)["choices"][0] | {"error": None}]},
-     False)])
-def test_a_reply_is_read_in_whatever_form_it_comes_and_its_tokens_count(client, body, whole):
+    *[(answer(EDIT, end), False) for end in ("length", "content_filter", "MAX_TOKENS")],
+    (answer(EDIT, "STOP"), True), (answer(" \n"), False), (answer(EDIT, refusal="no"), False),
+    (answer("") | {"choices": []}, False), (answer(EDIT) | {"error": None}, True)])
+def test_a_reply_is_read_in_whatever_form_it_comes_and_its_tokens_count(client, body, complete):
     got = client(200, body).ask(PROMPT, [])
-    assert got.whole is whole and (not whole or got.text == EDIT)
-    assert (got.input_tokens, got.cached_tokens, got.output_tokens) == (100, 70, 30)
+    assert got.complete is complete and (not complete or got.text == EDIT)
+    assert (got.input_tokens, got.output_tokens) == (100, 30)
 
 
 def test_anthropic_is_asked_in_its_format_and_cached_tokens_count(client, server):
     body = {"content": PARTS, "stop_reason": "end_turn", "usage": {
-        "input_tokens": 10, "cache_creation_input_tokens": 20, "cache_read_input_tokens": 70}}
-    got = client(201, body, server.anthropic_url).ask(PROMPT, ["reply", "complaint"], room=50_000)
-    assert (got.text, got.input_tokens, got.cached_tokens, got.whole) == (EDIT, 100, 70, True)
+        "input_tokens": 10, "cache_creation_input_tokens": 20, "cache_read_input_tokens": 70,
+        "output_tokens": 30}}
+    got = client(201, body, server.anthropic_url).ask(PROMPT, ["reply", "complaint"])
+    assert (got.text, got.input_tokens, got.output_tokens) == (EDIT, 100, 30) and got.complete
     path, headers, sent = server.requests[0]
     assert path.endswith("/v1/messages") and headers["x-api-key"] == KEY
     assert [said["role"] for said in sent["messages"]] == ["user", "assistant", "user"]
     marks = ["cache_control" in part for part in sent["messages"][0]["content"]]
-    assert marks == [False, True, False] and sent["max_tokens"] == 50_000
+    assert marks == [False, True, False] and sent["max_tokens"] == 32_000
 
 
-STREAM = 'data: {"choices": [{"delta": {"content": "the context"}}]}'
-REFUSALS = [
-    (401, f"no such key: {KEY}", "stop"), (402, "no credit", "stop"), (404, "nobody", "stop"),
-    (400, "max_tokens: 16000 > 8192 output tokens", "stop"), (307, "http://else.where", "stop"),
-    (429, "slow down", "away"), (529, "overloaded", "away"), (200, "no credits", "away"),
+@pytest.mark.parametrize("wire", ["url", "anthropic_url"])
+@pytest.mark.parametrize("code, error, kind", [
+    (401, f"no such key: {KEY}", "stop"), (404, "nobody", "stop"), (307, "elsewhere", "stop"),
+    (400, "max_tokens: 32000 > 8192 output tokens", "stop"), (200, "no credits", "away"),
     (200, "context length exceeded", "long"), (500, "context size", "long"),
-    (400, "9810 tokens do not fit in 8192", "long"), (413, "", "long")]
-
-
-@pytest.mark.parametrize("code, words, kind", REFUSALS)
-def test_a_refusal_ends_a_start_only_before_its_first_good_reply(client, code, words, kind):
-    llm = client(code, {"error": words}, Location=words, Retry_After="7")
+    (400, "9810 tokens do not fit in 8192", "long"), (413, "", "long"),
+    # An error's own code or type counts more than the response's code, and 429 is never too long.
+    (200, {"code": 429, "message": "Rate limit reached: 40000 tokens"}, "away"),
+    (400, {"code": "429", "message": "wait for the context"}, "away"),
+    (429, "6000 tokens in context", "away"), (400, {"code": 503}, "away"),
+    (400, {"type": "rate_limit_error", "message": "too many tokens"}, "away"),
+    (429, {"code": 400, "message": "too many tokens"}, "away"), (413, {"code": 429}, "long"),
+    (200, "Limit of 40000 tokens per minute", "away"),
+    (200, {"code": 402, "message": "no credits"}, "stop"), (200, {"code": 413}, "long"),
+    (413, {"code": "rate_limit_exceeded", "message": "7100 tokens of 6000 a minute"}, "long")])
+def test_a_refusal_is_final_only_before_a_good_reply(client, server, code, error, kind, wire):
+    words = error if isinstance(error, str) else error.get("message", "")
+    body = {"error": error} if code < 500 else error
+    llm = client(code, body, getattr(server, wire), Retry_After="7", Location="http://x.invalid")
     for llm.answered in False, True:
         expected = ar.Stop if kind == "stop" and not llm.answered else ar.Away
-        with pytest.raises(expected) as error:
+        with pytest.raises(expected) as caught:
             llm.ask(PROMPT, [])
-        said = str(error.value.args[0])
-        assert f"HTTP {code} from http://127" in said and words.replace(KEY, "") in said
-        assert KEY not in said and (expected is not ar.Stop or "--base-url" in said)
-        assert code != 429 or error.value.args[1] == 7
-        assert expected is ar.Stop or error.value.args[2] is (kind == "long")
+        assert f"HTTP {code} from http://127" in str(caught.value)
+        assert words.replace(KEY, "KEY") in str(caught.value)
+        if expected is ar.Away:
+            assert caught.value.too_long is (kind == "long") and caught.value.wait == 7
 
 
-@pytest.mark.parametrize("body", ["<html>", "[" * 9999, '{"choices": [{', "null", "[1]", STREAM])
-def test_what_is_no_answer_is_shown_in_the_servers_words(client, body):
-    with pytest.raises(ar.Away) as error:
+@pytest.mark.parametrize("code, kind", [(429, ar.Away), (402, ar.Stop), (None, ar.Away)])
+def test_an_error_within_a_choice_is_no_reply(client, code, kind):
+    body = answer(EDIT, "error")
+    body["choices"][0]["error"] = {"code": code, "message": "40000 tokens in context"}
+    with pytest.raises(kind) as caught:
         client(200, body).ask(PROMPT, [])
-    said = error.value.args[0]
-    assert type(error.value) is ar.Away and body[:60].replace('"', "'") in said
-    assert ("a stream" in said) is (body == STREAM)
+    assert kind is ar.Stop or caught.value.too_long is (code is None)
 
 
-@pytest.mark.parametrize("offered, choice", [
-    ({"data": [{"id": "nomic-embed"}, {"id": "tts-1"}, {"id": "chat"}]}, "chat"),
-    ([{"id": "chat"}], "chat"), ({"models": [{"name": "chat"}]}, "chat"), ({"data": []}, None),
-    ({"error": "no such path"}, None), ({"data": [{"id": f"m{i}"} for i in range(21)]}, None)])
-def test_the_first_chat_model_is_chosen_or_a_choice_asked_for(client, server, offered, choice,
-                                                              monkeypatch):
-    monkeypatch.setattr(server.RequestHandlerClass, "do_GET", lambda h: h.send(200, offered))
-    llm = client(200, answer(EDIT))
-    if choice:
-        assert llm.choose_model() == choice
+@pytest.mark.parametrize("header, seconds", [
+    ("7", 7), ("7.5", 7), ("9" * 400, 999999), ("-3", 0), ("Wed, 21 Oct 2099 07:28:00 GMT", 0)])
+def test_a_server_may_ask_to_wait_in_any_form(client, header, seconds):
+    with pytest.raises(ar.Away) as caught:
+        client(429, "", Retry_After=header).ask(PROMPT, [])
+    assert caught.value.wait == seconds
+
+
+@pytest.mark.parametrize("wire", ["url", "anthropic_url"])
+@pytest.mark.parametrize("body", [
+    "<html>context</html>", "[" * 9999, '{"choices": [{', "null", "[1]", "{}", "7",
+    '{"choices": [7]}', '{"choices": [{"message": {"content": [7]}}], "content": [7]}',
+    'data: {"choices": [{"delta": {"content": "the context"}}]}'])
+def test_what_is_no_answer_is_shown_in_the_servers_words(client, server, body, wire):
+    with pytest.raises(ar.Away) as caught:
+        client(200, body, getattr(server, wire)).ask(PROMPT, [])
+    assert body[:60].replace('"', "'") in caught.value.reason and not caught.value.too_long
+
+
+@pytest.mark.parametrize("code, offered, named, model", [
+    (200, [{"id": "one"}], None, "one"), (200, {"models": [{"name": "one"}]}, None, "one"),
+    (200, {"data": [{"id": "one"}]}, None, "one"), (404, "no", "m", "m"), (503, "no", "m", "m"),
+    (200, {"data": [{"id": "one"}, {"id": "two"}]}, None, "--model .*'one', 'two'"),
+    *[(200, nothing, None, "--model") for nothing in (
+        {"data": []}, {"models": []}, {"data": [7]}, "<html>", {"error": "no such path"})],
+    (401, "no", "m", "HTTP 401"), (401, "no", None, "HTTP 401"), (404, "no", None, "HTTP 404")])
+def test_a_start_finds_a_wrong_key_and_takes_the_model_named_or_the_only_one(
+        server, monkeypatch, code, offered, named, model):
+    monkeypatch.setattr(server.RequestHandlerClass, "do_GET", lambda h: h.send(code, offered))
+    llm = ar.LLM(server.url, named)
+    if len(model) > 3:
+        with pytest.raises(ar.Stop, match=model):
+            llm.greet()
     else:
-        with pytest.raises(ar.Stop, match="--model"):
-            llm.choose_model()
+        assert f" {model} at {server.url}" in llm.greet() and llm.model == model
 
 
-@pytest.mark.parametrize("prompt_tokens, warned", [(100, False), (4096, True), (9000, False)])
-def test_a_prompt_that_the_server_cut_is_noticed_once(client, prompt_tokens, warned, capsys):
-    llm = client(200, answer(EDIT) | {"usage": {"prompt_tokens": prompt_tokens}})
-    for _ in range(2):
-        llm.ask(PROMPT, [])
-    assert capsys.readouterr().out.count("OLLAMA_CONTEXT_LENGTH") == warned
+def test_a_model_is_looked_for_until_the_server_is_there(client, server, monkeypatch):
+    llm = client(200, answer(EDIT), model=None)
+    monkeypatch.setattr(server.RequestHandlerClass, "do_GET", lambda h: h.send(503, "loading"))
+    assert f" an LLM at {server.url} (--base-url, OPENAI_API_KEY)" in llm.greet()
+    monkeypatch.undo()
+    assert llm.ask(PROMPT, []).complete and llm.model == "scripted"
 
 
-def test_a_server_on_this_machine_is_asked_without_proxy_and_netrc(client, server, tmp_path,
-                                                                   monkeypatch):
+def test_a_local_server_is_asked_without_proxy_and_netrc(client, server, tmp_path, monkeypatch):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert client(200, answer(EDIT)).ask(PROMPT, []).whole
+    assert client(200, answer(EDIT)).ask(PROMPT, []).complete
     _, headers, sent = server.requests[0]
     assert headers["Authorization"] == f"Bearer {KEY}"
     assert [said["content"] for said in sent["messages"]] == [
@@ -138,9 +171,60 @@ def test_a_connection_that_fails_says_why(url, kind, why):
 
 
 @pytest.mark.parametrize("base, url", [
-    ("http://x/v1/chat/completions/", "http://x/v1"), ("http://x/v1//", "http://x/v1"),
-    ("http://x/anthropic", "http://x/anthropic/v1"), (None, "http://y/v1")])
-def test_a_base_url_is_taken_in_its_usual_forms(base, url, monkeypatch):
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://y")
+    ("http://x/v1/chat/completions/", "http://x/v1"), (" http://x/v1//\n", "http://x/v1"),
+    ("http://x/anthropic", "http://x/anthropic/v1"), ("http://x/v1/messages", "http://x/v1"),
+    ("https://api.anthropic.com", "https://api.anthropic.com/v1"),
+    ("http://me:secret@x/v1", "http://x/v1"), ("me:secret@x/v1", "me:x/v1")])
+def test_a_base_url_is_taken_in_its_usual_forms_and_without_its_password(base, url, monkeypatch):
+    set_only(monkeypatch)
     assert ar.LLM(base, "m").url == url
+
+
+OAI, ANT = {"OPENAI_API_KEY": "o"}, {"ANTHROPIC_API_KEY": "a"}
+TOKEN = {"ANTHROPIC_AUTH_TOKEN": "t", "ANTHROPIC_BASE_URL": "http://x"}
+SENT = {key: {"Authorization": f"Bearer {key}"} for key in "ot"} | {"a": {"x-api-key": "a"}, "": {}}
+
+
+@pytest.mark.parametrize("variables, base_url, model, expected", [
+    (OAI, None, None, "OpenAI home o"), (ANT, None, None, "Anthropic home a"),
+    (OAI | ANT, None, None, "Anthropic home a"), (OAI | ANT, None, "claude-x", "Anthropic home a"),
+    (OAI | ANT, None, "gpt-5.5", "OpenAI home o"), (OAI, None, "claude-x", "OpenAI home o"),
+    (OAI | ANT | {"OPENAI_BASE_URL": "http://x/v1"}, None, None, "OpenAI http://x/v1 o"),
+    (OAI | ANT | {"OPENAI_BASE_URL": "http://x/v1"}, None, "claude-x", "Anthropic home a"),
+    (OAI | TOKEN, None, "gpt-oss:20b", "Anthropic http://x/v1 t"),
+    # The older name of a variable, and empty ones. A gateway's key never goes to the provider.
+    (OAI | {"OPENAI_API_BASE": "http://x/v1"}, None, None, "OpenAI http://x/v1 o"),
+    (OAI | {"OPENAI_BASE_URL": "", "OPENAI_API_BASE": "http://x"}, None, None, "OpenAI http://x o"),
+    (OAI | {"ANTHROPIC_API_KEY": ""}, None, None, "OpenAI home o"),
+    (TOKEN | ANT, None, None, "Anthropic http://x/v1 t"),
+    # A flag: its format is told by its address, whatever the host is called.
+    (OAI | ANT, "http://my-anthropic-proxy:8/v1", None, "OpenAI http://my-anthropic-proxy:8/v1 o"),
+    (OAI | ANT, "http://api.anthropic.com.x/v1", None, "OpenAI http://api.anthropic.com.x/v1 o"),
+    (ANT, "http://x/v1", None, "OpenAI http://x/v1 "),
+    (OAI | ANT, "https://api.anthropic.com", "gpt-5.5", "Anthropic home a"),
+    (OAI | ANT, "http://x/anthropic/", None, "Anthropic http://x/anthropic/v1 a"),
+    ({"OPENAI_API_KEY": "Bearer 'o\u200b\n'"}, None, None, "OpenAI home o")])
+def test_what_was_set_decides_who_is_asked(variables, base_url, model, expected, monkeypatch):
+    set_only(monkeypatch, **variables)
+    llm = ar.LLM(base_url, model)
+    place = "home" if llm.url == llm.format.home else llm.url
+    assert f"{type(llm.format).__name__} {place} {llm.key}" == expected
+    assert llm.model == (model or (llm.format.model if place == "home" else ""))
+    assert llm.headers == llm.format.headers | SENT[llm.key]
+
+
+def test_nothing_is_asked_if_nothing_is_set(monkeypatch):
+    set_only(monkeypatch, OPENAI_API_KEY="", ANTHROPIC_BASE_URL="")
+    assert ar.find_format(None) is None and ar.find_format("http://x") is not None
+    for name in ar.CONNECT.removesuffix(" or --base-url").split(", "):
+        set_only(monkeypatch, **{name: "key"})
+        assert ar.find_format(None)
+
+
+def test_the_first_line_says_who_is_asked_by_which_variable_and_that_it_costs(monkeypatch):
+    monkeypatch.setattr(ar.LLM, "http", lambda *args: [])       # so that no provider is asked
+    set_only(monkeypatch, **OAI | ANT)
+    line = ar.LLM(None, "gpt-5.5").greet()
+    assert "gpt-5.5 at https://api.openai.com/v1 (OPENAI_API_KEY); it costs money, " in line
+    assert "program.md, train.py and the history are sent there" in line
+    assert "m at http://x/v1 (--base-url, OPENAI_API_KEY)" in ar.LLM("http://x/v1", "m").greet()

@@ -1,4 +1,6 @@
 import ast
+import contextlib
+import time
 
 import pytest
 
@@ -62,11 +64,11 @@ def test_an_edit_is_found_in_whatever_it_is_wrapped(reply):
 
 
 @pytest.mark.parametrize("reply, reason", [
-    ("<think>\n" + CLEAN, "0 SEARCH"), (CLEAN + FILE, "1 fence"), (CLEAN[:-16], "a block is"),
-    (CLEAN.replace("return x * 2", "..."), "left out"),
-    (HEAD + "```\ndef train():\n    return Model()\n```", "Model.. is called"),
+    ("<think>\n" + CLEAN, "0 SEARCH"), (CLEAN + FILE, "1 fence"), (CLEAN[:-16], "1 SEARCH"),
+    (CLEAN.replace("return x * 2", "..."), "stands for"),
+    (HEAD + "```\ndef train():\n    return Model()\n```", "0 fences with a whole"),
     (f"{HEAD}```\n{SOURCE}```", "changes nothing"), (CLEAN.replace("LR = 0.03", "LR = ("), "parse"),
-    (CLEAN.replace("LR = 0.02", "LR = 0.05"), "at 0 places(.|\n)*LR = 0.02"),
+    (CLEAN.replace("LR = 0.02", "LR = 0.05"), "at 0 places(.|\n)*LR = 0.05"),
     (CLEAN + BLOCKS.replace("0.03", "0.04"), "other blocks"),
     (CLEAN.replace("return x * 2", f"pass\n{LR_LINE}"), "at 2 places"),
     (HEAD + INSERTS + INSERTS.replace("A =", "B ="), "order"),
@@ -87,7 +89,99 @@ def test_what_strings_and_comments_hold_is_not_touched_and_a_block_may_delete():
         ar.apply_reply(reply.format("TEXT = 'a\tb #2'", "TEXT = ''\n"), source)
 
 
-def test_without_a_description_the_first_sentence_names_it_and_the_idea_is_kept():
-    assert ar.apply_reply("It was slow. Really.\n\n" + BLOCKS, SOURCE)[0] == "It was slow."
-    ideas = [ar.parse_reply(reply)[1] for reply in (CLEAN, FILE, BLOCKS)]
+def edit(search: str, replace: str) -> str:
+    return f"DESCRIPTION: x\n\n<<<<<<< SEARCH\n{search}\n=======\n{replace}\n>>>>>>> REPLACE\n"
+
+
+@pytest.mark.parametrize("value", [
+    "1" + " + 1" * 5000, "(" * 500 + ")" * 500, "-" * 100_000 + "1", "0x" + "f" * 9000,
+    "'\0'", "(", "1__0"])
+def test_what_python_cannot_read_or_write_is_sent_back(value):
+    with pytest.raises(ar.Unusable, match="does not parse"):
+        ar.apply_reply(edit(LR_LINE, f"LR = {value}"), SOURCE)
+
+
+def test_many_elifs_are_only_long():
+    many = "LR = 0\nif LR == 1:\n    LR = 2\n" + "elif LR == 1:\n    LR = 2\n" * 400
+    assert many in ar.apply_reply(edit(LR_LINE, many), SOURCE)[1]
+
+
+def test_a_file_that_is_not_utf_8_is_refused():
+    with pytest.raises(ar.Unusable, match="does not parse: 'utf-8' codec"):
+        ar.apply_reply(CLEAN, SOURCE.replace("# channels", "# gr\udcf6\udcdfe"))
+
+
+def test_a_lone_surrogate_in_a_reply_is_replaced():
+    reply = CLEAN.replace("# of each weight\n>", "# gr\udcf6\ud83d\n>").replace("slow", "\ud83d")
+    assert "# gr??\n" in ar.apply_reply(reply, SOURCE)[1]
+    ar.read_reply(reply, SOURCE)[1].encode()
+
+
+@pytest.mark.parametrize("piece", [
+    ".", "\n", "```x\n", "- <<<<<\n", " ", "*", "'", "</think", "DESCRIPTION\n", "# same\n", "\0"])
+def test_no_repetition_makes_it_slow_or_leaves_it_with_another_error(piece):
+    many = piece * (20_000 // len(piece))
+    start = time.process_time()
+    for reply in (many, HEAD + BLOCKS + many, edit(LR_LINE, "A = 1\n# same " + many + " x"),
+                  edit(many, "A = 1"), f"DESCRIPTION: a{many}b\n{BLOCKS}", f"a{many}b\n{BLOCKS}"):
+        with contextlib.suppress(ar.Unusable):
+            ar.apply_reply(reply, SOURCE)
+    assert time.process_time() - start < 2      # what is quadratic takes 3 seconds and more
+
+
+OLD = "        x = x + self.up(x)      # up\n        return x"
+
+
+@pytest.mark.parametrize("comment", [
+    "# all tables get the same learning rate", "# the residual stream is left unchanged",
+    "# as before, but squared", "# the rest of the channels pass through",
+    "# the bias is 0, 1, 2, ...", "# see above: the other half"])
+def test_a_comment_that_describes_code_is_no_gap(comment):
+    new = f"        {comment}\n        x = x + self.up(x)      # up\n        return x * 2"
+    assert ar.apply_reply(edit(OLD, new), SOURCE)[1] == SOURCE.replace(OLD, new)
+
+
+@pytest.mark.parametrize("line", [
+    "...", "[...]  # as above", "…", "# ...", "# ... the return ...", "pass  # same as before",
+    "# rest of the code unchanged", "# the rest of the file is unchanged", "# unchanged",
+    "# forward() as before", "# return x is unchanged", "# existing code here ...", "# return ..."])
+def test_a_line_that_stands_for_code_is_sent_back(line):
+    for new in (f"        x = self.up(x)\n        {line}", f"        {line}"):
+        with pytest.raises(ar.Unusable, match="stands for"):
+            ar.apply_reply(edit(OLD, new), SOURCE)
+    file = SOURCE.replace("0.02", "0.03").replace(OLD, f"        return self.up(x)\n        {line}")
+    with pytest.raises(ar.Unusable, match="stands for"):
+        ar.apply_reply(f"{HEAD}```python\n{file}```\n", SOURCE)
+
+
+def test_a_helper_may_become_a_method_or_an_import_of_the_same_name():
+    source = SOURCE.replace("class", "def norm(x):\n    return x\n\n\nclass")
+    method = "class Model:\n    def norm(self, x):\n        return self.norm(x)\n\n"
+    for new in (method, "from math import exp as norm\n\n\nclass Model:\n    one = norm(0)\n\n"):
+        reply = edit("def norm(x):\n    return x\n\n\nclass Model:", new.strip("\n"))
+        assert "norm" in ar.apply_reply(reply, source)[1]
+
+
+def test_a_search_with_a_blank_line_for_a_comment_keeps_the_depth():
+    source = SOURCE.replace("        x = x", "\n        x = x")
+    reply = edit("    # add\n    x = x + self.up(x)", "    x = x + 2 * self.up(x)")
+    assert "\n        x = x + 2 * self.up(x)\n" in ar.apply_reply(reply, source)[1]
+
+
+def test_a_fence_inside_a_docstring_does_not_end_the_file():
+    file = f'"""A model.\n\n```\npython train.py\n```\n"""\n{EDITED}'
+    assert ar.apply_reply(f"{HEAD}```python\n{file}```\n", SOURCE)[1] == file
+
+
+@pytest.mark.parametrize("reply", [
+    f"{HEAD}```python\n{EDITED}", f"{HEAD}```python\n{EDITED[EDITED.index('class'):]}```\n",
+    CLEAN.replace("<<<<<<< S", "> <<<<<<< S", 1), CLEAN.replace("E\n\n<", "E\n\n2. Option\n\n<")])
+def test_a_part_of_a_proposal_is_never_taken_for_all_of_it(reply):
+    with pytest.raises(ar.Unusable, match="one proposal"):
+        ar.apply_reply(reply, SOURCE)
+
+
+def test_without_a_description_the_first_words_name_it_and_the_idea_is_kept():
+    assert ar.apply_reply("It was slow. Really.\n\n" + BLOCKS, SOURCE)[0] == "It was slow. Really."
+    ideas = [ar.read_reply(reply, SOURCE)[1] for reply in (CLEAN, FILE, BLOCKS)]
     assert ideas == ["It was slow.", "It was slow.", ""]

@@ -1,105 +1,268 @@
 import inspect
+import itertools
+import math
+import os
 import re
+import subprocess
 import sys
 import textwrap
 from xml.etree import ElementTree
 
+import draw
 import pytest
 from conftest import ROOT
 
 import autoresearch as ar
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def dot(val, status="discard", by="llm", number=1, runs=1, **other):
-    """A ledger row, as results.tsv gives it: all strings."""
-    return {"val_bpb": f"{val:.6f}", "status": status, "by": by, "experiment": str(number),
-            "runs": "" if status == "crash" else ",".join([f"{val:.6f}"] * runs),
-            "description": "an idea", "test_bpb": f"{val + 0.02:.6f}", "reason": "because",
-            "train_seconds": "60", "total_seconds": "80", "input_tokens": "500",
-            "output_tokens": "30"} | other
-
-
-BASELINE, KEPT = dot(1.45, "keep", "baseline", 0, 3), dot(1.40, "keep", runs=2)
-CONFIRMED = {"incumbent": 1, "n": 5, "gain": 0.048, "error": 0.002}     # no test_gain
 NOTHING = "nothing better than the baseline was kept"
 
 
-def nodes(rows, kind, confirmed=None):
-    return list(ElementTree.fromstring(ar.progress_svg(rows, confirmed or {})).iter(SVG + kind))
+def dot(bpb, status="discard", by="llm", number=1, runs=1, **other):
+    """Return an experiment whose runs all had this score."""
+    report = {"val_bpb": bpb, "train_seconds": 60 / runs, "total_seconds": 80 / runs}
+    reports = [] if status == "crash" else [dict(report) for _ in range(runs)]
+    return ar.Experiment(number, by, **{"description": "an idea", "status": status,
+                                        "reason": "because", "runs": reports} | other)
+
+
+BASELINE, KEPT = dot(1.45, "keep", "baseline", 0, 3), dot(1.40, "keep", runs=2)
+
+
+def confirmed(budget=60.0, incumbent=1, gain=0.048):
+    before, after = ([{"val_bpb": bpb}] * 5 for bpb in (1.46, 1.46 - gain))
+    return {f"{budget:g}": {"budget": budget, "incumbent": incumbent, "n": 5, "gain": gain,
+                            "error": 0.002, "baseline_runs": before, "incumbent_runs": after}}
+
+
+def nodes(judged, kind, claims=None, control=()):
+    picture = ElementTree.fromstring(ar.progress_svg(judged, claims or {}, 60, control))
+    return list(picture.iter(SVG + kind))
+
+
+def words(judged, claims=None, control=()):
+    return ["".join(node.itertext()) for node in nodes(judged, "text", claims, control)]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.004])
-@pytest.mark.parametrize("rows", [[], [BASELINE], [dot(0, "crash")] * 3, [BASELINE, dot(1.45)]])
-def test_a_ledger_without_a_gain_is_drawn_and_says_so(rows, noise, monkeypatch):
+@pytest.mark.parametrize("judged", [[], [BASELINE], [dot(0, "crash") for _ in range(3)],
+                                    [BASELINE, dot(1.45)]])
+def test_a_night_without_a_gain_is_drawn_and_says_so(judged, noise, monkeypatch):
     monkeypatch.setattr(ar, "pooled_noise", lambda groups: noise)
-    assert NOTHING in [node.text for node in nodes(rows, "text", CONFIRMED)]
-    report = ar.summary(rows, CONFIRMED, [])
-    assert NOTHING in report if rows else "Nothing is measured yet" in report
+    assert NOTHING in words(judged, confirmed())
+    report = ar.summary(judged, judged, confirmed(), 60)
+    assert NOTHING in report
     assert "±" not in report and "--confirm" not in report
 
 
-@pytest.mark.parametrize("confirmed", [{}, CONFIRMED | {"incumbent": 7}, {"incumbent": 1}])
-def test_a_gain_is_as_selected_until_it_is_confirmed_for_this_incumbent(confirmed, monkeypatch):
+@pytest.mark.parametrize("claims", [{}, confirmed(incumbent=7), confirmed(budget=30)])
+def test_a_gain_is_as_selected_until_it_is_confirmed_for_this_incumbent_at_this_budget(
+        claims, monkeypatch):
     monkeypatch.setattr(ar, "pooled_noise", lambda groups: 0.006)
-    for given, title in ((confirmed, "gain 0.050 ± 0.005, as selected"),   # 0.006 √(1/3 + 1/2)
-                         (CONFIRMED, "gain 0.048 ± 0.002, confirmed on 5 fresh seeds")):
-        report = ar.summary([BASELINE, KEPT], given, [])
-        drawn = [node.text for node in nodes([BASELINE, KEPT], "text", given)]
-        assert title in drawn and title in report
-        assert report.endswith("--confirm 5") == (given is confirmed)
+    selected = "gain at 60 s +0.0500 ± 0.0055, as selected"         # 0.006 √(1/3 + 1/2)
+    fresh = "gain at 60 s +0.0480 ± 0.0020, confirmed on 5 fresh seeds"
+    for given, pair, gain in ((claims, "1.450 to 1.400", selected),
+                              (claims | confirmed(), "1.460 to 1.412", fresh)):
+        report = ar.summary([BASELINE, KEPT], [], given, 60)
+        for lines in report.splitlines(), words([BASELINE, KEPT], given):
+            assert lines[0] == f"{pair} bits per byte" and lines[1].startswith(gain)
+        assert ("--confirm" in report) == (given is claims)
+
+
+def test_gains_at_other_budgets_are_named_in_one_line_under_that_of_the_nights_own():
+    claims = confirmed(30, gain=-0.2) | confirmed() | confirmed(300) | confirmed(120, incumbent=7)
+    for text in ("\n".join(words([BASELINE, KEPT], claims)),
+                 ar.summary([BASELINE, KEPT], [], claims, 60)):
+        first, second = re.findall("gain .*", text)
+        assert first.startswith("gain at 60 s +0.0480")
+        assert second == "gain at 30 s -0.2000 ± 0.0020, at 300 s +0.0480 ± 0.0020"
+
+
+def test_the_gain_that_is_printed_is_that_of_the_judges_score(monkeypatch):
+    base, best = dot(1.5, "keep", "baseline", 0, 3), dot(1.4, "keep", runs=2)
+    base.runs[0]["val_bpb"], best.runs[0]["val_bpb"] = 1.8, 1.2
+    monkeypatch.setattr(ar, "score", max)
+    report = ar.summary([base, best], [], {}, 60)
+    assert report.startswith("1.800 to 1.400 bits per byte\ngain at 60 s +0.4000 ±")
+    claims = confirmed()
+    claims["60"]["incumbent_runs"] = [{"val_bpb": 1.3}, {"val_bpb": 1.36}]
+    report = ar.summary([base, best], [], claims, 60)
+    assert report.startswith("1.460 to 1.360 bits per byte\ngain at 60 s +0.1000 ±")
+
+
+def test_without_any_noise_no_error_is_invented():
+    base, best = dot(1.5, "keep", "baseline", 0), dot(1.4, "keep", "llm", 1)
+    assert "gain at 60 s +0.1000 ± nan, as selected" in ar.summary([base, best], [], {}, 60)
 
 
 def test_a_summary_counts_what_came_of_the_night_and_tokens_only_with_an_llm():
-    rows = [BASELINE, KEPT, dot(1.5), dot(0, "crash", train_seconds="", total_seconds="")]
-    report = ar.summary(rows, {}, [])
-    assert "3 experiments: 1 kept, 1 discarded, 1 crashed; 75% of the time was" in report
-    assert re.search(r"#1 .*1\.400000 .*an idea .*test_bpb 1\.420000", report)
-    assert "tokens" not in report
-    report = ar.summary(rows, {}, [ar.Experiment(1, "llm", calls=3, runs=[{}], cached_tokens=7),
-                                   ar.Experiment(2, "llm", calls=1)])
-    assert "2000 tokens in (7 cached), 120 out, 4 calls, 3 led to nothing" in report
+    judged = [BASELINE, KEPT, dot(1.5), dot(0, "crash", "search")]
+    report = ar.summary(judged, judged, {}, 60)
+    assert "\n4 experiments: 1 kept" not in report
+    assert "\n3 experiments: 1 kept, 1 discarded, 1 crashed" in report
+    assert re.search(r"\n#1 +llm +1\.400000  keep +an idea  \[because\]\n", report)
+    assert "#2" not in report and "tokens" not in report
+    waiting = ar.Experiment(9, "llm", input_tokens=500, output_tokens=30, calls=2)
+    asked = [waiting, dot(1.5, input_tokens=1000, output_tokens=70, calls=1)]
+    assert "LLM: 1500 tokens in, 100 out, 3 calls" in ar.summary(judged, iter(asked), {}, 60)
 
 
-def test_every_experiment_is_drawn_once_in_its_researchers_colour_and_outliers_at_an_edge(
-        monkeypatch):
-    monkeypatch.setattr(ar, "pooled_noise", lambda groups: 0.004)
-    rows = [BASELINE, KEPT, dot(0, "crash", "search", val_bpb=""), dot(9.9),
-            dot(1.2, by="<&\x00>")]
-    edge = {n.text: int(n.get("y")) - 6 for n in nodes(rows, "text") if n.text in ("×", "▲")}
-    assert edge == {"×": ar.HEIGHT, "▲": 0}
-    dots = nodes(rows, "circle")
-    assert [n.get("r") for n in dots] == ["7", "7", "4"] and dots[2].get("cy") == f"{ar.HEIGHT}"
-    groups = {g.find(SVG + "text").text: g.get("fill") for g in nodes(rows, "g")}
-    assert groups["● llm: 1 of 2 kept"] == ar.COLOURS["llm"] and "● <& >: 0 of 1 kept" in groups
-    x, y = int(dots[1].get("cx")), int(dots[1].get("cy"))
-    steps = [n.get("d") for n in nodes(rows, "path")]
-    assert steps[0].endswith(f"H{x}") and steps[1:] == [f"M{x} {y}H{ar.WIDTH}"]
-    for noise, thick in (0, "2"), (0.004, "14"), (1, "17"):     # visible, to scale, bounded
-        monkeypatch.setattr(ar, "pooled_noise", lambda groups, noise=noise: noise)
-        assert nodes(rows, "path")[0].get("stroke-width") == thick
+def test_a_crash_has_a_verdict_without_a_score():
+    line = ar.verdict(dot(0, "crash", description="two\nlines"))
+    assert re.fullmatch(r"#1 +llm +no score  crash +two lines  \[because\]", line)
 
 
-def test_a_line_is_printed_above_the_live_one_which_a_log_does_not_get(capsys, monkeypatch):
+def test_a_summary_says_how_often_a_run_of_the_incumbent_saw_the_text():
+    best = dot(1.4, "keep", runs=2)
+    best.runs[-1]["epochs"] = 1.23
+    assert "saw the text 1.2 times" in ar.summary([BASELINE, best], [], {}, 60)
+    assert "1.2 times" not in ar.summary([BASELINE, best, KEPT], [], {}, 60)
+
+
+def test_every_experiment_is_a_dot_in_its_researchers_colour_and_outliers_are_at_an_edge():
+    judged = [BASELINE, KEPT, dot(0, "crash", "search"), dot(9.9, by="human"), dot(1.42),
+              dot(math.nan), dot(0.1)]
+    base, kept, crash, far, pale, nan, low = dots = nodes(judged, "circle")
+    assert [node.get("fill") for node in dots] == [ar.COLOURS[exp.by] for exp in judged]
+    assert [node.get("cy") for node in (crash, far, nan, low)] == ["0", "0", "0", str(ar.HEIGHT)]
+    assert 0 < int(base.get("cy")) < int(pale.get("cy")) < int(kept.get("cy")) < ar.HEIGHT
+    assert [node.get("class") == "keep" for node in dots] == [True] * 2 + [False] * 5
+
+
+def test_the_stairs_lead_over_the_kept_dots_to_the_end_of_the_night_in_its_main_colour():
+    judged = [BASELINE, KEPT, dot(1.41), dot(1.39, "keep", "human", 3)]
+    dots = [node for node in nodes(judged, "circle") if node.get("class") == "keep"]
+    steps = "".join(f"H{node.get('cx')}V{node.get('cy')}" for node in dots)
+    stairs, = nodes(judged, "path")
+    assert stairs.get("d") == f"M0 {dots[0].get('cy')}{steps}H{ar.WIDTH}"
+    assert stairs.get("stroke") == ar.COLOURS["llm"]
+    assert not nodes([dot(0, "crash")], "path")
+
+
+def test_a_control_is_drawn_in_the_same_frame_in_its_own_colour():
+    control = [BASELINE, dot(1.6, "keep", "search", runs=2), dot(1.451, by="search")]
+    places = [int(node.get("cy")) for node in nodes([BASELINE, KEPT], "circle", {}, control)]
+    assert len(set(places)) == 4 and 0 < min(places) and max(places) < ar.HEIGHT
+    stairs = [node.get("stroke") for node in nodes([BASELINE, KEPT], "path", {}, control)]
+    assert set(stairs) == {ar.COLOURS["search"], ar.COLOURS["llm"]}
+
+
+DESCRIPTIONS = ["a longer window: twice", "</text><&\x00\ud800]]>", "", "W" * 300, "m" * 300,
+                "TABLE_ROWS 131072 -> 65536, WIDTH 64 -> 32", "更大的词表" * 20, "🚀" * 50,
+                "(all) of it", ": ; ,"]
+
+
+def night(n, shape=1):
+    """Return n experiments, every third of which is kept. In shape 9 the last gain most."""
+    judged = [dot(1.5, "keep", "baseline", 0, 3)]
+    for i in range(1, n):
+        status, off = ("keep", 0) if i % 3 == 1 else ("discard", 0.01)
+        judged.append(dot(1.49 - 0.3 * (i / n) ** shape + off, status, number=i, runs=2,
+                          description=DESCRIPTIONS[i // 3 % len(DESCRIPTIONS)]))
+    return judged
+
+
+@pytest.mark.parametrize("shape, least", [(1, 1), (9, 2)])
+@pytest.mark.parametrize("n", [3, 10, 40, 1000])
+def test_no_label_lies_over_another_or_over_an_edge_or_the_stairs_of_its_night(n, shape, least):
+    labels = []
+    stairs = [(int(node.get("cx")), int(node.get("cy")))
+              for node in nodes(night(n, shape), "circle") if node.get("class") == "keep"]
+    for node in nodes(night(n, shape), "text"):
+        if node.text and node.text.startswith("#"):
+            wide = sum(9 if c.isascii() and not c.isupper() else 17 for c in node.text)
+            x, y = int(node.get("x")), int(node.get("y"))
+            labels.append((x - wide if node.get("class") == "end" else x, y, wide))
+    assert min(least, len(ar.kept(night(n))) - 1) <= len(labels) <= 5
+    for left, y, wide in labels:
+        assert -70 <= left and left + wide <= ar.WIDTH + 20 and 4 < y < ar.HEIGHT
+    assert all(abs(a[1] - b[1]) >= 20 for a, b in itertools.combinations(labels, 2))
+    latin = [label for label in labels if label[2] < 11 * 20]
+    for left, y, _ in latin:
+        assert y <= max(top for x, top in stairs if x <= max(left, 0)) - 10
+
+
+def test_the_largest_gains_are_named_by_the_beginnings_of_their_descriptions():
+    sizes = [0.01, 0.05, 0.02, 0.03, 0.001, 0.04, 0.002]
+    judged, bpb = [BASELINE], 1.45
+    for number, size in enumerate(sizes, 1):
+        bpb -= size
+        judged.append(dot(bpb, "keep", number=number, description="Kneser-Ney: counts of tokens"))
+    named = [text for text in words(judged) if text.startswith("#")]
+    assert sorted(named) == [f"#{number} Kneser-Ney" for number in (1, 2, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("n", [1, 3, 40, 1000])
+@pytest.mark.parametrize("claims", [{}, confirmed() | confirmed(30)])
+def test_a_picture_of_any_night_fits_a_readme_and_a_phone(n, claims):
+    root, = nodes(night(n), "svg", claims)
+    wide, high = map(int, root.get("viewBox").split()[2:])
+    assert 1.6 <= wide / high <= 2.1
+    assert 17 * 390 / wide > 9          # pixels of a letter on a phone
+    assert high * 860 / wide <= 480
+    left, top = map(int, root.get("viewBox").split()[:2])
+    for node in nodes(night(n), "text", claims):
+        assert left <= int(node.get("x")) <= left + wide and top < int(node.get("y")) < top + high
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 3), (0, 41), (0, 1000), (1.07, 1.73),
+                                       (0.9969, 0.9984), (1.2994, 1.3109), (0, 99), (3, 70)])
+def test_the_numbers_at_an_axis_are_round_and_few(low, high):
+    numbers = ar.ticks(low, high)
+    assert 2 <= len(numbers) <= 8 and low <= numbers[0] and numbers[-1] <= high + 1e-9
+    steps = {f"{b - a:.6f}" for a, b in itertools.pairwise(numbers)}
+    assert len(steps) == 1 and steps.pop().strip("0.") in ("1", "2", "5")
+
+
+def test_a_line_is_printed_above_the_live_one_which_a_log_does_not_get(
+        capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(ar, "LOG", tmp_path / "log.txt")
     monkeypatch.setenv("COLUMNS", "5")
     for terminal, expected in ((False, "said\n"), (True, "\r\033[Klive\r\033[Ksaid\n")):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
         ar.show("live line")
         ar.say("said")
         assert capsys.readouterr().out == expected
+    assert re.fullmatch(r"(\S+ \S+ said\n){2}", (tmp_path / "log.txt").read_text())
 
 
-@pytest.mark.parametrize("night", ["night", "search"])
-def test_the_pictures_of_the_readme_are_what_their_ledgers_give(night, monkeypatch):
-    tests = ROOT / "tests"
-    monkeypatch.setattr(ar, "LEDGER", tests / f"{night}.tsv")
-    confirmed = ar.read_json(tests / f"{night}.json")
-    picture = ar.progress_svg(ar.read_ledger(repair=False), confirmed)
-    assert picture == (tests / f"{night}.svg").read_text("utf-8")
-    if night == "night":
-        gain = f"{confirmed['gain']:.3f} ± {confirmed['error']:.3f}"
-        assert f"**{gain}**" in (ROOT / "README.md").read_text("utf-8")
+@pytest.mark.parametrize("line, shown", [("词" * 20, "词" * 4), ("🚀" * 9, "🚀" * 4),
+                                         ("a词" * 9, "a词a词a词")])
+def test_wide_characters_do_not_make_the_live_line_wrap(line, shown, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    ar.show(line)
+    assert capsys.readouterr().out == f"\r\033[K{shown}"
+
+
+SAY = """import sys, autoresearch as ar
+{}
+ar.say('ü 词'), ar.show('live'), ar.say('2'), ar.say('3')"""
+CLOSE = "sys.stdout.close()"
+
+
+@pytest.mark.parametrize("shell, before, seen", [
+    ("{} >&-", "", ""), ("{} >&- 2>&-", "", ""), ("{} > /dev/full", "", ""), ("{}", CLOSE, ""),
+    ("{} | true", "import time; time.sleep(0.3)", ""),
+    ("PYTHONIOENCODING=ascii {}", "", "? ?\n2\n3\n")])
+def test_a_night_outlives_its_terminal_and_leaves_all_that_was_said_in_a_log(
+        shell, before, seen, tmp_path):
+    (tmp_path / "runs").mkdir()
+    command = shell.format(f'{sys.executable} -c "$SAY"')
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "SAY": SAY.format(before or "pass"),
+                          "PYTHONUNBUFFERED": ""})      # what was not written waits for the exit
+    assert (result.returncode, result.stdout, result.stderr) == (0, seen, "")
+    log = (tmp_path / "runs" / "log.txt").read_text("utf-8")
+    assert [line.split(" ", 2)[2] for line in log.splitlines()] == ["ü 词", "2", "3"]
+
+
+def test_the_picture_of_the_readme_is_what_its_ledgers_give():
+    assert draw.picture() == (ROOT / "tests" / "night.svg").read_text("utf-8")
+    claim = ar.read_json(ROOT / "tests" / "night.json")["60"]
+    gain = f"{claim['gain']:.3f} ± {claim['error']:.3f}"
+    assert f"**{gain}**" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_loop_in_the_readme_is_the_code():
