@@ -856,7 +856,14 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
             if "limit" in event:
                 phase, patience = f"in {event['event']}", event["limit"]
             on_event(event, printed[-1][:80])
-    code, end = process.returncode, "\n".join(printed).strip()
+    cause = cause or "ended without a report"
+    return outcome(process.returncode, event, f"{cause}, {phase}", printed)
+
+
+def outcome(code: int, event: dict, cause: str, printed: Iterable[str]) -> Result:
+    """Return what came of a run, from its exit code, its last event and its last lines."""
+    *_, last = printed
+    end = "\n".join(printed).strip()
     if event.get("event") == "report" and code == 0:    # a report counts only after a normal end
         numbers = [event.get(name) for name in NEEDED]
         if all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
@@ -865,8 +872,7 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
     how = f"code {code}" if code >= 0 else f"signal {-code}"
     if code == -signal.SIGKILL:
         how += " (out of memory?)"
-    cause = cause or "ended without a report"
-    reason = event.get("reason") or f"{cause}, {phase}, by {how}: {printed[-1][:80]}"
+    reason = event.get("reason") or f"{cause}, by {how}: {last[:80]}"
     return Result({}, one_line(reason), end, bool(event))
 
 
@@ -1552,6 +1558,7 @@ async def until_signal(work: Coroutine) -> int:
 
     def stop(number: int):
         if not received:        # the others are ignored: it is ending already
+            say(f"stopped by {signal.Signals(number).name}")
             task.cancel()
         received.append(number)
 

@@ -748,15 +748,20 @@ def pairs(word: str) -> list[str]:
     return [word[i:i + 2] for i in range(len(word) - 1)]
 
 
-def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
-    """Return at most `count` merges: again and again the most frequent pair of neighbours."""
+def common_words(texts: Iterable[str]) -> list[tuple[str, int]]:
+    """Return the words of a sample, each with its count; the rarest are left out."""
     counter, characters = collections.Counter(), 0
     for text in texts:
         counter.update(WORD.findall(text))
         characters += len(text)
         if characters > SAMPLE:
             break
-    common = counter.most_common(COMMON)        # each word is held once, with its count
+    return counter.most_common(COMMON)
+
+
+def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
+    """Return at most `count` merges: again and again the most frequent pair of neighbours."""
+    common = common_words(texts)
     words = [as_tokens(word) for word, _ in common]
     counts = collections.Counter()              # pair -> how often it occurs
     where = collections.defaultdict(set)        # pair -> words that have it, or had it once

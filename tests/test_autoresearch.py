@@ -472,6 +472,7 @@ def test_a_signal_ends_the_runs_and_prints_the_summary(measured, sign):
     process.send_signal(sign)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + sign and "0 experiments: 0 kept" in output
+    assert f"stopped by {sign.name}" in (measured.folder / "runs/log.txt").read_text()
     consistent(measured)
 
 
