@@ -1,7 +1,7 @@
 """autoresearch: an LLM does machine-learning research on its own.
 
     python autoresearch.py                            # runs until Ctrl-C; run it again to continue
-    python autoresearch.py --confirm 5                # measures the gain again, on fresh seeds
+    python autoresearch.py --confirm 5                # runs baseline and incumbent 5 times more
     python autoresearch.py --confirm 5 --budget 120   # the same at another budget
 
 The driver reads program.md, asks an LLM for one change to train.py, trains the changed file as a
@@ -64,14 +64,14 @@ try:
 except ImportError:
     raise SystemExit("autoresearch.py: Windows has no fcntl: start it inside WSL2") from None
 
-RUNS = 2                # a candidate's score has to be better after each of so many runs
+RUNS = 2                # runs of a candidate; its score has to be better after each of them
 WIN = 1.0               # and, if its code is longer, by so many standard errors
 BASELINE_RUNS = 3       # runs of the baseline, which give the first estimate of the noise
 NOISE_PROGRAMS = 6      # the noise is pooled over so many of the newest programs that ran twice
 RECHECK = 8             # after so many discards in a row the incumbent runs once more
-CRASHES = 3             # so many crashes in a row: does the incumbent still run on this machine?
+CRASHES = 3             # after so many in a row the incumbent runs, to test the machine
 IDLE_SHARE = 0.2        # the search gets an accelerator that is idle for this share of the budget
-RETURNS = 2             # a proposal goes back to the LLM so often at most, with what was wrong
+RETURNS = 2             # how often a proposal may go back to the LLM, with what was wrong
 HISTORY = 100           # the newest experiments that a prompt tells of; it tells of all keeps
 
 # ---- 1  An experiment, and the judge ------------------------------------------------------------
@@ -91,11 +91,11 @@ class Experiment:
     runs: list[dict] = field(default_factory=list)  # prepare.py's report of each run with a score
     status: str = ""            # "keep", "discard" or "crash"; "" until it is judged
     reason: str = ""            # why it has this status
-    place: int = 0              # it was the 1st, 2nd, 3rd ... experiment to be judged
+    place: int = 0              # 1 for the first verdict, 2 for the second, ...; 0: none yet
     counted: int = 0            # the verdict rests on so many runs; the incumbent may get more
     commit: str = ""            # git's name of a kept change
     finished: str = ""          # when it was judged
-    fresh: dict[str, list[dict]] = field(default_factory=dict)  # reports of --confirm
+    fresh: dict[str, list[dict]] = field(default_factory=dict)  # --confirm: "#7 at 60 s" -> runs
     turns: list[str] = field(default_factory=list)  # the LLM's reply, our complaint, a reply, ...
     tries: int = 0              # runs that began; this numbers the logs and the seeds
     ended: int = 0              # runs that ended; in tries - ended of them the driver died
@@ -128,8 +128,8 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
     """Return "discard", "again" (run it on a fresh seed) or "keep". Lower scores are better.
 
     A candidate has to be better after each of RUNS runs. If its code is longer, it has to be
-    better by a margin. So many candidates are kept whose true gain is 0, 1, 2 and 4 times the
-    noise, against an incumbent of 3 runs (simulated; greedy: one run, whatever is lower):
+    better by a margin. The table shows the share of candidates that is kept if the true gain is
+    0, 1, 2 and 4 times the noise, against 3 runs (simulated; greedy: one run, any lower score):
 
         more code       10%  38%  74%  99%
         anything else   39%  77%  95% 100%
@@ -175,16 +175,16 @@ class Lab:
     #    overtake each other.
     # 2. A worker holds an accelerator only inside `async with self.accelerator(...)`, and asks the
     #    LLM only outside. So an endpoint that hangs holds up neither an accelerator nor the exit.
-    # 3. A candidate replaces only the program that it is a change of. If the incumbent is another
-    #    one by then, the candidate is built again; unless its text stays the same, as a person's
-    #    does, its runs no longer count.
+    # 3. A candidate is judged only against the incumbent that it changes. If that is another one
+    #    by then, it is built again on the new one. Its runs count on only if its text stays the
+    #    same, as that of a person's edit does.
     # 4. A keep is written in this order: a person's edit, train.py, the commit, experiment.json
     #    with the status, the row. After a kill, the next start judges the saved runs again.
 
     def __init__(self, args: argparse.Namespace):
         asks_llm = args.researcher == "llm" and not args.confirm and args.experiments != 0
         self.args = args
-        self.llm = LLM(args.base_url, args.model) if asks_llm else None     # or --tokens are used
+        self.llm = LLM(args.base_url, args.model) if asks_llm else None     # None after --tokens
         self.experiments = {exp.number: exp for exp in saved_experiments()}
         self.judged = sorted((exp for exp in self.experiments.values() if exp.status),
                              key=lambda exp: exp.place)     # in the order of their verdicts
@@ -241,8 +241,9 @@ class Lab:
         if source == best.source or not source.strip():     # empty while an editor writes it
             return
         with contextlib.suppress(Unusable):    # what does not parse is an experiment too
-            if program_of(source)[0] == best.fingerprint:
-                best.source = source
+            fingerprint, code_lines = program_of(source)
+            if fingerprint == best.fingerprint:
+                best.source, best.code_lines = source, code_lines
                 best.save()
                 return say(f"{TRAIN} was edited: the same program with other comments")
         edit = self.new_experiment("human", f"a person's edit of {TRAIN}", source)
@@ -256,7 +257,7 @@ class Lab:
         if exp.by == "llm":
             while len(exp.turns) % 2 == 0:      # the last one is a complaint, or there is none
                 await self.ask(exp)
-            self.build(exp)     # a misfit shows while others train; research() builds it again
+            self.build(exp)     # finds a misfit before it takes an accelerator; built again there
 
     async def ask(self, exp: Experiment):
         """Ask the LLM once. Its reply becomes a turn of exp, if one comes."""
@@ -294,7 +295,7 @@ class Lab:
             self.history //= 2
             return say(f"LLM: {absence.reason}; it is told of {self.history} experiments now")
         if absence.too_long:
-            exp.turns = []      # what it has said itself is too long
+            exp.turns = []      # the history is minimal: forget its earlier replies instead
         if not self.away:
             say(f"LLM: {absence.reason}; it is asked again at times, and the search fills in")
         self.away = True
@@ -304,7 +305,7 @@ class Lab:
     async def accelerator(self, exp: Experiment) -> AsyncIterator[int]:
         """Wait for a free accelerator and have it until the end of the block."""
         while not self.may_start(exp):
-            await asyncio.sleep(0.02)       # simpler than to wake all whom a change concerns
+            await asyncio.sleep(0.02)       # polling is simpler than events for each change
         gpu = min(self.free)
         del self.free[gpu]
         try:
@@ -338,7 +339,7 @@ class Lab:
                 break
             if exp.by == "llm":
                 raise Unusable(f"the same program as #{others[fingerprint]}, but for comments")
-        else:                   # no move of the search is new: there is none of this incumbent
+        else:                   # no break: all moves from this incumbent were tried before
             if self.llm:
                 raise Finished
             raise Stop("the search has nothing new to propose: edit train.py, or connect an LLM")
@@ -358,7 +359,7 @@ class Lab:
             return [(exp.description, exp.source)]      # a person's file is used as it is
         exp.description, exp.why, blocks = read_reply(exp.turns[-1], best.source)
         source = edited(best.source, blocks)
-        if source == exp.source:        # the same whole file: it would undo what was kept since
+        if source == exp.source:        # a rewrite of the old incumbent would undo newer keeps
             raise Unusable("a whole file, but the incumbent has changed since you wrote it")
         return [(exp.description, source)]
 
@@ -400,7 +401,7 @@ class Lab:
         while True:
             try:
                 await self.train(best, gpu, best.runs)
-                return not pause
+                return not pause    # True: at the first try, so the machine is fine
             except Unusable as problem:
                 pause = longer_pause(pause)
                 say(f"the machine is in trouble: the incumbent does not run either "
@@ -436,7 +437,7 @@ class Lab:
             show(" | ".join(self.live.values()))
 
         on_event({"event": "starts"}, "")
-        patience = math.inf if self.args.launch else START_LIMIT    # a queue may be long
+        patience = math.inf if self.args.launch else START_LIMIT    # a launcher may queue the run
         try:
             result = await run_command([*map(str, command)], exp.folder / f"run-{k}.log",
                                        run_environment(**self.args.env[gpu]), patience, on_event)
@@ -556,7 +557,7 @@ class Lab:
     async def measure_baseline(self):
         """Make train.py as found the first incumbent, by BASELINE_RUNS runs."""
         source, base = read(TRAIN), self.experiments.get(0)
-        if base is None or base.source != source:       # else a kill has left some of its runs
+        if base is None or base.source != source:       # else it goes on with the runs it has
             fingerprint, code_lines = program_of(source)
             base = Experiment(0, "baseline", "baseline", source=source, fingerprint=fingerprint,
                               code_lines=code_lines)
@@ -714,7 +715,7 @@ def pooled_noise(groups: list[list[float]]) -> float:
 
 # ---- 4  The prompt ------------------------------------------------------------------------------
 
-# .format() puts prepare.py's contract of a train.py, which its first event tells, for {{}}.
+# make_prompt() fills {{}} with prepare.py's contract, which comes with a run's first event.
 RULES = f"""You do machine-learning research: each experiment is a new train.py. A driver trains it
 for a fixed time on a fixed machine and keeps it if val_bpb falls.
 {{}}
@@ -844,7 +845,7 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
                 cause = f"flooded its log: {LOG_LIMIT} bytes"
             if cause:
                 break
-            # The candidate does not know the key. So what follows it comes from prepare.py.
+            # The candidate does not know the key, so what follows the key is from prepare.py.
             words, _, told = line.partition(key.encode())
             if words.strip():
                 file.write(words + b"\n")
@@ -905,7 +906,7 @@ def process_group(command: list[str], environment: dict[str, str]) -> Iterator[s
             yield process
         finally:
             for number in signal.SIGTERM, signal.SIGKILL:
-                # OSError: all have ended. The number is not given away while one of them lives.
+                # OSError: all have ended. No new process gets this id while one of them lives.
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, number)
                     process.wait(GRACE)
@@ -924,7 +925,7 @@ def run_environment(**more: str) -> dict[str, str]:
 
 Answer = collections.namedtuple(    # complete: neither cut off nor empty nor refused
     "Answer", "text complete finish_reason input_tokens output_tokens raw")
-# An error says that the prompt is too long, and not that max_tokens, of the reply, is too high.
+# Matches an error about a long prompt, but not one about max_tokens, which limits the reply.
 LONG = re.compile(r"(?s)context|^(?!.*max_).*(too (long|large)|input length|\btokens\b)")
 
 
@@ -956,7 +957,7 @@ class LLM:
 
     def greet(self) -> str:
         """Check the key, take the only model if none was named, and return who is asked."""
-        with contextlib.suppress(Away):     # then ask() looks again
+        with contextlib.suppress(Away):     # no answer now: ask() calls greet() again
             names = self.http("/models", None, lambda data: [
                 model.get("id") or model["name"] for model in data.get("data") or data["models"]])
             if not self.model and len(names) != 1:
@@ -1016,7 +1017,7 @@ class LLM:
             code = 429
         if LONG.search(words) and code in (200, 400, 422, 500):   # max_tokens limits the reply
             code = 413
-        # If the model was named, nobody needs the list of models, but for a look at the key.
+        # With --model, GET /models only checks the key: no other failure of it is fatal.
         optional = not body and self.model and code not in (401, 403)
         temporary = code >= 500 or code in (408, 413, 429) or (body and code < 300)
         if temporary or optional or self.answered:  # after a good answer nothing is fatal
@@ -1073,7 +1074,7 @@ class Anthropic:
                 [usage.get("output_tokens")])
 
 
-# With two keys set, the first is asked. The last takes a --base-url that no other knows.
+# With keys of both set, the first is asked. A --base-url that fits no `own` gets the last.
 FORMATS = Anthropic(), OpenAI()
 CONNECT = ", ".join(name for form in FORMATS for name in form.keys) + " or --base-url"
 
@@ -1096,13 +1097,13 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
     return description, edited(source, blocks)
 
 
-MARK = r"^[ \d.)*`-]*"      # a mark may follow blanks, "2. ", "- **"
+MARK = r"^[ \d.)*`-]*"      # what may stand before <<<<<, ===== or >>>>>: blanks, "2. ", "- **"
 LINES = rf"((?:(?!{MARK}[<=>]{{5}}).*\n)*)"     # up to the next mark
 BLOCK = re.compile(rf"(?m){MARK}<{{5}}.*\n{LINES}{MARK}={{5}}.*\n{LINES}{MARK}>{{5}}.*")
 # From one fence to the next, except for fences inside a docstring.
 FENCED = re.compile(r"(?ms)^ *(```|~~~)[^\n]*\n((?>('''|\"\"\").*?\3|.)*?)(?=^ *\1)")
 THOUGHTS = r"[\w:]*(?:think|thought|reason)"
-TELLING = {"...", "…", "above", "before", "code", "else", "existing", "omitted",
+TELLING = {"...", "…", "above", "before", "code", "else", "existing", "omitted",  # see left_out()
            "remaining", "rest", "same", "unchanged", "untouched"}
 FILLER = {"all", "are", "as", "class", "everything", "file", "function", "in", "is", "method",
           "methods", "of", "other", "others", "stay", "stays", "the"}
@@ -1218,9 +1219,9 @@ def random_moves(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[
              for knob in KNOB.finditer(source)}
     for attempt in range(200 if knobs else 0):
         text, moves = source, []
-        how_many = rng.choice((1, 1, 1, 2, 2, 3))       # one knob teaches more than three
+        how_many = rng.choice((1, 1, 1, 2, 2, 3))       # mostly one: its effect is clear
         chosen = rng.sample(list(knobs), min(len(knobs), how_many))
-        for name in sorted(chosen, key=knobs.get, reverse=True):    # so no start is displaced
+        for name in sorted(chosen, key=knobs.get, reverse=True):    # last first: spans stay valid
             start, end = knobs[name]
             old = eval(source[start:end])   # "0.5" or "2 ** 17", says KNOB
             # Steps widen with the attempts: what is near has been seen.
@@ -1254,7 +1255,7 @@ FOLDER = Path("runs")
 LOG = FOLDER / "log.txt"
 CONDITIONS = FOLDER / "conditions.json"
 CONFIRMED = FOLDER / "confirmed.json"
-BEGIN_ANEW = f"mkdir old && mv {LEDGER} {FOLDER} {PLOT} old/ && git checkout {TRAIN}"
+BEGIN_ANEW = f"mkdir -p old && mv {LEDGER} {FOLDER} {PLOT} old/; git checkout {TRAIN}"
 MUST_NOT_CHANGE = ["data", "sha256", "device", "threads", "torch", "budget", "seq_len",
                    "vocab_size", "prepare", "judge"]
 COLUMNS = ["commit", "val_bpb", "memory_gb", "status", "description", "experiment", "by", "runs",
@@ -1390,7 +1391,7 @@ path {fill: none; stroke-width: 3px} circle {r: 4px; opacity: 0.4}</style>"""
 
 def verdict(exp: Experiment) -> str:
     """Return an experiment's line in the terminal and in the summary."""
-    bpb = f"{score(exp.scores):.6f}" if exp.scores else "no score"
+    bpb = "no score" if exp.status == "crash" else f"{score(exp.scores):.6f}"
     return (f"#{exp.number:<4} {exp.by:8} {bpb}  {exp.status:7}  "
             f"{one_line(exp.description)}  [{one_line(exp.reason)}]")
 
@@ -1435,7 +1436,7 @@ def summary(judged: list, everything: Iterable, confirmed: dict, budget: float) 
 
 
 def progress_svg(judged: list, confirmed: dict, budget: float, control: list = ()) -> str:
-    """Return the night as a picture, with another night beside it as a control."""
+    """Return the night as a picture; `control`: experiments of another night, for comparison."""
     minutes = sum(run.get("total_seconds", 0) for exp in judged for run in exp.runs) / 60
     tokens = sum(exp.input_tokens + exp.output_tokens for exp in judged)
     names = [f'<tspan fill="{COLOURS[by]}">{by}</tspan>' for by in COLOURS]
@@ -1456,7 +1457,8 @@ def progress_svg(judged: list, confirmed: dict, budget: float, control: list = (
         main = max(COLOURS, key=[exp.by for exp in experiments].count)
         for i, exp in enumerate(experiments):
             colour = COLOURS.get(exp.by, "gray")
-            y = max(0, (high - score(exp.scores)) * scale)      # a crash is at the upper edge
+            bpb = math.inf if exp.status == "crash" else score(exp.scores)
+            y = max(0, (high - bpb) * scale)        # a crash is at the upper edge
             x, y = i * WIDTH // end, round(min(y, HEIGHT))
             where[exp] = x, y
             svg.append(f'<circle class="{exp.status}" cx="{x}" cy="{y}" fill="{colour}"/>')
@@ -1542,7 +1544,7 @@ def in_words(error: Exception) -> str:
     """Return the line that an error ends the driver with: what happened, and what to do."""
     if isinstance(error, Stop):
         return str(error)
-    if isinstance(error, Unusable):     # only the baseline's gets here
+    if isinstance(error, Unusable):     # the baseline does not parse or has no train()
         return f"{TRAIN}: {error}: mend it, or git checkout {TRAIN}"
     if isinstance(error, OSError):
         return (f"{error.strerror or error}: {error.filename or Path.cwd()}; what was logged is "

@@ -38,7 +38,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
-from time import monotonic, thread_time  # by name: a candidate may patch time
+from time import monotonic, thread_time  # so that patching time.monotonic changes nothing here
 from typing import BinaryIO
 
 if sys.version_info < (3, 11):
@@ -64,7 +64,7 @@ from torch.nn.functional import cross_entropy
 DEVICE = ("cuda" if torch.cuda.is_available() else
           "mps" if torch.backends.mps.is_available() else "cpu")
 CUDA = DEVICE == "cuda"
-SEQ_LEN = 2048 if CUDA else 256        # tokens in a window of evaluation, by default of training
+SEQ_LEN = 2048 if CUDA else 256        # tokens in a window: of evaluation; of training by default
 VOCAB_SIZE = 8192 if CUDA else 2048    # tokens: 256 bytes, the merges, one that ends a document
 BUDGET = 300 if CUDA else 60           # seconds of training in a run
 DEFAULT_DATA = "c4" if CUDA else "python"
@@ -75,7 +75,7 @@ MIN_WINDOWS = 64           # below this a score would say little
 # After the last batch train() may go on for max(OVERTIME * budget, ONE_STEP) seconds.
 OVERTIME = 0.02            # a share of the budget; training on for it gains 0.002 bpb
 ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0
-HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that slow calls of evaluation may lose in all
+HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that slow evaluation calls may waste in all
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
 EVAL_LIMIT = 300           # wall-clock seconds for evaluation
 
@@ -142,7 +142,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
             raise RuntimeError("batches() belongs to the thread that calls train()")
         if clock.start is None:         # before the first look at the data
             synchronize()
-            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # other programs may slow a CPU
+            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # CPU budget is no wall-clock time
             clock.tell("training", limit=most * clock.budget + 10)
             clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
         batch = np.stack(list(itertools.islice(windows, batch_size))).astype(np.int64)
@@ -150,7 +150,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
         batch = pinned.to(DEVICE, non_blocking=True)
         # The CPU prepares a step while the GPU computes the one before, so that it is never idle.
         if CUDA and clock.steps > 1:
-            clock.done.synchronize()    # recorded one batch ago: all steps but the last are done
+            clock.done.synchronize()    # recorded at the last call: waits for all but the last step
             clock.done.record()
         elif clock.steps:
             synchronize()
@@ -168,7 +168,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
 
 
 def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield windows of length + 1 tokens forever. Each epoch has all of them, at a new offset."""
+    """Yield windows of length + 1 tokens forever; each epoch cuts the text at a new offset."""
     # Five windows come in the order 0, 2, 4, 1, 3: wherever a run ends, it has seen all parts of
     # the text alike. So scores of runs of equally many steps scatter by 0.0025 bpb, not 0.006.
     golden_ratio = (1 + 5 ** 0.5) / 2       # its multiples, modulo 1, are spread most evenly
@@ -184,7 +184,7 @@ def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Itera
 def bits_per_byte(nats: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> float:
     """Return the bits that a model needs for a byte of text: sum of -log2 p / sum of bytes.
 
-    nats: -ln p of each token, given those before it. lengths[token]: how many bytes it stands for.
+    nats: -ln p of each token (1 nat = 1.44 bits). lengths[token]: how many bytes it stands for.
     """
     sizes = lengths[tokens]
     bits = nats[sizes > 0] / math.log(2)        # END has no bytes, so it does not count
@@ -197,7 +197,7 @@ class Invalid(Exception):
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: float = 0) -> dict:
-    """Return {split: bits per byte} of {split: tokens}. Raises Invalid if the model cheats."""
+    """Return {split: bits per byte}; slack: seconds that may be put off until here. Or Invalid."""
     rng = np.random.default_rng()       # seeded by the system, so that no candidate knows it
     windows = min(EVAL_WINDOWS, *((len(tokens) - 1) // SEQ_LEN for tokens in splits.values()))
     windows -= windows % EVAL_ROWS
@@ -207,7 +207,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     x, y = text[..., :-1].copy(), text[..., 1:].copy()
     cuts = choose_cuts(*x.shape, rng)
     times = [seconds_now()]             # and then one more after each call
-    # The first call has random tokens, and no score: some models fold their weights in it.
+    # The first call has random tokens, and no score: some models convert their weights in it.
     token_nats(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0], rng)
     try:
         models = model, copy.deepcopy(model)    # the copy cannot remember what the model answered
@@ -220,7 +220,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     # cannot tell which of both a call is.
     for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
         tokens, rows = x[i], rng.permutation(EVAL_ROWS)
-        if probe:       # another batch's rows replace what follows the cuts: see the drawing below
+        if probe:       # other rows replace what follows the cuts: drawing above choose_cuts()
             other = rng.permutation(x[i - rng.integers(1, len(x))])
             tokens = np.where(np.arange(SEQ_LEN) < cuts[i, :, None], tokens, other)
         nats[probe, i, rows] = token_nats(models[probe], tokens[rows], y[i, rows], rng)
@@ -283,7 +283,7 @@ BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below t
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
 SPREAD = 0.02       # nats: limit of the mean size, and of the median at cuts; bf16 has half
 LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-ties are no leak
-GATHERED = 2, 4     # so many of the 3 largest losses may be at cuts, and of the 16 largest
+GATHERED = 2, 4     # at most 2 of the 3 largest losses may be at cuts, and 4 of the 16 largest
 
 
 def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
@@ -339,7 +339,7 @@ CONTRACT = f"""- The score, val_bpb, is the bits per byte of validation text: lo
 
 def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
     """Measure a train.py and return the exit code: 0 only after a report."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)    # not the sys.stdout that a candidate has
+    out = os.fdopen(os.dup(1), "w", buffering=1)    # a candidate can replace sys.stdout, not this
     encode = json.JSONEncoder().encode              # not json.dumps, whose encoder it can reach
 
     # The events are setup, training, progress, evaluation, then report or crash. One with a limit
@@ -456,7 +456,7 @@ REFUSED = [     # a pattern for "KindOfNode word", and why it is refused
     (rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | dump | [acgt]\w_frame
         | f_(back | builtins | globals | locals))\b""", "no files, no way into the interpreter")]
 
-CLOSED = re.compile(rf"""(?x)       # a module, or something that a module holds
+CLOSED = re.compile(rf"""(?x)       # paths refused: module.name, see objection()
     (?! ({"|".join(MODULES)}) \b) .* | .*\*
     | (?! numpy\.lib\.stride_tricks | torch\.(_dynamo\.(config | disable | reset)
           | _inductor\.config | jit\.script | library\.custom_op | utils\.checkpoint)\b)
@@ -473,7 +473,7 @@ CLOSED = re.compile(rf"""(?x)       # a module, or something that a module holds
 def refuse_source(source: str):
     """Raise Invalid if a candidate's words, or what its names lead to, are closed to it."""
     tree = ast.parse(source)
-    for node in ast.walk(tree):     # gives what is harmless a form that no rule is about
+    for node in ast.walk(tree):     # rewrite harmless forms, so that no rule below matches them
         match node:
             case ast.Expr(ast.Constant(str())):             # a docstring
                 node.value.value = None
@@ -503,7 +503,7 @@ def used_paths(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                yield node, f"{parent}{alias.name}.__name__"    # __name__: it is not used yet
+                yield node, f"{parent}{alias.name}.__name__"    # so a bare module is no problem
                 name = alias.asname or alias.name.partition(".")[0]
                 bound[name].add(parent + (alias.name if alias.asname else name))
     inner = {node.value for node in nodes if isinstance(node, ast.Attribute)}
@@ -523,7 +523,7 @@ def objection(path: str) -> str:
             return f"{place} is closed, as are files, processes and seeds: leave it out"
         try:
             value = getattr(value, name, None) or importlib.import_module(place)
-        except ImportError:         # the candidate may expect it
+        except ImportError:         # no such module: the candidate may catch this itself
             return ""
         if not isinstance(value, types.ModuleType):
             return ""
@@ -531,7 +531,7 @@ def objection(path: str) -> str:
 
 
 def functions() -> set[tuple]:
-    """Return (owner, name, function) of what the judge uses, or of what a patch of it would be."""
+    """Return (owner, name, function) of all in the owners that the judge's functions come from."""
     owners = (*torch.Tensor.__mro__, torch.nn.Module, torch, torch.nn.functional, torch._C._nn,
               np, np.random, math, json, json.encoder, json.JSONEncoder)
     by_torch = "manual_seed", "__init__", "__setstate__"    # torch itself replaces these
@@ -628,7 +628,7 @@ def json_texts(path: Path) -> Iterator[str]:
 
 
 def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tuple[str, str]]:
-    """Yield (split, text) of each document, always in the same order; share: of val, of test."""
+    """Yield (split, text) of each document, always in one order. val and test get `share` each."""
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
     # The parts of a file are alike, so of many files each stays in one split. They are shuffled,
@@ -701,7 +701,7 @@ WORD = re.compile(rf"""(?x)
     | \s{{1,64}}(?!\S)                          # white space, without the last before a word
     | \s                                        # this last one, if the word did not take it""")
 SAMPLE = 64_000_000     # characters of training text that the merges are learned from
-COMMON = 50_000         # words among them that count; with 200,000 tokens get no longer
+COMMON = 50_000         # words among them that count; 200,000 words make tokens no longer
 CACHED_WORDS = 500_000  # words whose tokens a process remembers: some 100 MB
 
 
@@ -875,7 +875,7 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
     tokens = {split: file.tell() // 2 for split, file in bins.items()}
     for file in bins.values():
         file.close()
-    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test, of 5 bytes at most
+    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test; some 5 bytes each
     if min(tokens["val"], tokens["test"]) < need:
         sys.exit(f"prepare.py: too little text in {name}: a score needs about "
                  f"{5 * need / share / 1e6:.1f} MB, these {len(files)} files have {size / 1e6:.2f} "
@@ -896,7 +896,7 @@ def encode_all(merges: list, texts: Iterator[tuple[str, str]]) -> Iterator[tuple
 
 
 def start_worker(merges: list[tuple[int, int]]):
-    """Prepare a worker, which ends without a word with Ctrl-C or its parent."""
+    """Prepare a worker, which ends silently at Ctrl-C or when its parent ends."""
     def end_with_parent():
         multiprocessing.parent_process().join()     # however it ended
         os._exit(1)                                 # an orphan would keep the lock

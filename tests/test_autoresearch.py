@@ -613,7 +613,7 @@ def test_a_program_that_python_itself_fails_on_is_named_at_the_start(measured):
 
 def test_with_two_workers_a_keep_never_undoes_another(measured, llm):
     """Both start from #0. The second to end is built again on the first, and runs again."""
-    slow = edit("BATCH = 8", "BATCH = 4  # sleep 3", "a batch")
+    slow = edit("BATCH = 8", "BATCH = 4  # sleep 1.5", "a batch")
     server = llm([edit(RATE, "LR = 0.06", "a higher rate"), slow, any_rate()])
     measured.drive("--experiments", 2, "--workers", 2, "--base-url", server.url)
     rows = {row["description"]: row for row in consistent(measured)}
@@ -668,7 +668,8 @@ def test_another_judge_does_not_go_on_with_the_ledger_of_this_one(measured, chan
 def test_a_damaged_file_in_runs_gets_one_line(measured, name, damage):
     (measured.folder / "runs" / name).write_text(damage)
     output = measured.drive("--experiments", 1, "--researcher", "search", code=1)
-    assert name in output and "begin anew: mkdir old && mv results.tsv" in output.splitlines()[-1]
+    last = output.splitlines()[-1]
+    assert name in output and "begin anew: mkdir -p old && mv results.tsv" in last
 
 
 def test_an_experiment_of_another_version_keeps_its_number_and_its_reply(measured, llm):
@@ -878,6 +879,8 @@ def test_a_run_that_did_not_start_says_nothing_about_its_candidate(measured, llm
 
 
 def test_runs_that_never_start_end_the_driver_with_their_reason(measured):
+    script = measured.folder / "autoresearch.py"
+    script.write_text(script.read_text().replace("[0.25 * 2 ** k", "[0.01 * 2 ** k"))
     output = measured.drive("--researcher", "search", "--launch", "sh -c 'kill -9 $$'", code=1)
     assert f"{ar.FALSE_STARTS} runs in a row did not even start" in output.splitlines()[-1]
     assert "by signal 9 (out of memory?)" in output and len(consistent(measured)) == 1
