@@ -941,6 +941,6 @@ def test_two_workers_finish_in_any_order_and_the_ledger_is_right(measured, llm):
                                          f"LR = {0.02 + next(rates) / 50}", "a rate"))])
     measured.drive("--experiments", 4, "--workers", 2, "--base-url", server.url)
     rows = consistent(measured)
-    assert len(rows) == 5 and {row["by"] for row in rows} == {"baseline", "llm"}
+    assert len(rows) == 5 and {"baseline", "llm"} <= {row["by"] for row in rows}
     finished = [row["finished"] for row in rows]
     assert finished == sorted(finished), "the order of the log is the order of judgement"
