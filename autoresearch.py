@@ -57,8 +57,6 @@ from statistics import fmean
 
 import requests
 
-if sys.version_info < (3, 11):
-    raise SystemExit(f"autoresearch.py: Python 3.11 or newer is needed, this is {sys.version[:6]}")
 try:
     import fcntl
 except ImportError:
@@ -330,38 +328,31 @@ class Lab:
         best = self.incumbent
         if exp.fingerprint and exp.base == best.number:
             return
-        others = {other.fingerprint: other.number for other in self.experiments.values()
-                  if other.number != exp.number}
-        for description, source in self.proposals(exp, best):
-            exp.description = description
-            fingerprint, code_lines = program_of(source)
-            if exp.by == "human" or fingerprint not in others:
-                break
-            if exp.by == "llm":
-                raise Unusable(f"the same program as #{others[fingerprint]}, but for comments")
-        else:                   # no break: all moves from this incumbent were tried before
-            if self.llm:
-                raise Finished
-            raise Stop("the search has nothing new to propose: edit train.py, or connect an LLM")
-        if source != exp.source:
-            exp.runs = []       # they were runs of another program
-        exp.source, exp.fingerprint = source, fingerprint
-        exp.code_lines, exp.base = code_lines, best.number
-        exp.save()
-
-    def proposals(self, exp: Experiment, best: Experiment) -> Iterable[tuple[str, str]]:
-        """Return (description, source) of exp as a change of `best`; the search offers many."""
+        known = {other.fingerprint: other.number for other in self.experiments.values()
+                 if other is not exp}
+        source = exp.source             # a person's file is used as it is
+        if exp.by == "llm":
+            exp.description, exp.why, blocks = read_reply(exp.turns[-1], best.source)
+            source = edited(best.source, blocks)
+            if source == exp.source:    # a rewrite of the old incumbent would undo newer keeps
+                raise Unusable("a whole file, but the incumbent has changed since you wrote it")
         if exp.by == "search":
             rng = random.Random(f"{exp.number} {best.fingerprint}")
             cuda = self.conditions.get("device") not in ("cpu", "mps")
-            return random_moves(rng, best.source, cuda)
-        if exp.by == "human":
-            return [(exp.description, exp.source)]      # a person's file is used as it is
-        exp.description, exp.why, blocks = read_reply(exp.turns[-1], best.source)
-        source = edited(best.source, blocks)
-        if source == exp.source:        # a rewrite of the old incumbent would undo newer keeps
-            raise Unusable("a whole file, but the incumbent has changed since you wrote it")
-        return [(exp.description, source)]
+            for exp.description, source in random_moves(rng, best.source, cuda):
+                if program_of(source)[0] not in known:
+                    break
+            else:
+                say("the search has nothing new to propose: edit train.py, or connect an LLM")
+                raise Finished
+        fingerprint, code_lines = program_of(source)
+        if exp.by == "llm" and fingerprint in known:
+            raise Unusable(f"the same program as #{known[fingerprint]}, but for comments")
+        if source != exp.source:
+            exp.runs = []               # they were runs of another program
+        exp.source, exp.fingerprint = source, fingerprint
+        exp.code_lines, exp.base = code_lines, best.number
+        exp.save()
 
     def decide(self, exp: Experiment) -> str:
         """Return the judge's verdict on the runs so far, and record it if it is final."""
@@ -382,13 +373,14 @@ class Lab:
             await self.run_incumbent(gpu, f"{RECHECK} discards in a row lost to it")
         try:
             await self.train(exp, gpu, exp.runs)
-        except Unusable:
+        except Unusable as crash:
             self.crashes += 1
-            if self.crashes < CRASHES:
+            if crash.started and self.crashes < CRASHES:
                 raise
-            if await self.run_incumbent(gpu, f"{CRASHES} crashes in a row"):
+            machine_is_fine = await self.run_incumbent(gpu, str(crash))
+            if crash.started and machine_is_fine:
                 raise
-            return          # the incumbent could not run either, so exp is tried again
+            return              # exp is not to blame, so it is tried again
         self.crashes = 0
         if exp.by == "llm":
             self.pause = 0.0
@@ -401,7 +393,7 @@ class Lab:
         while True:
             try:
                 await self.train(best, gpu, best.runs)
-                return not pause    # True: at the first try, so the machine is fine
+                return pause == 0
             except Unusable as problem:
                 pause = longer_pause(pause)
                 say(f"the machine is in trouble: the incumbent does not run either "
@@ -410,18 +402,6 @@ class Lab:
 
     async def train(self, exp: Experiment, gpu: int, reports: list[dict]):
         """Train exp on a seed of its own, and append the report to `reports`. Raises Unusable."""
-        for pause in [0.25 * 2 ** k for k in range(FALSE_STARTS)]:
-            result = await self.train_once(exp, gpu, reports)
-            if result.report:
-                return
-            if result.started:
-                raise Unusable(result.reason, result.log)
-            # Not even prepare.py began, so a launcher or the machine is to blame, and not exp.
-            say(f"#{exp.number} did not start: {result.reason}; it is tried again in {pause} s")
-            await asyncio.sleep(pause)
-        raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {result.reason}")
-
-    async def train_once(self, exp: Experiment, gpu: int, reports: list[dict]) -> Result:
         k, exp.tries = exp.tries, exp.tries + 1
         exp.save()              # the run counts before it begins, since it may kill the driver
         command = [*self.args.launch, sys.executable, "prepare.py", "--folder", self.args.folder,
@@ -439,11 +419,9 @@ class Lab:
         on_event({"event": "starts"}, "")
         patience = math.inf if self.args.launch else START_LIMIT    # a launcher may queue the run
         try:
-            result = await run_command([*map(str, command)], exp.folder / f"run-{k}.log",
-                                       run_environment(**self.args.env[gpu]), patience, on_event)
-            if result.report:
-                reports.append(result.report)
-            return result
+            reports.append(await run_command(
+                [*map(str, command)], exp.folder / f"run-{k}.log",
+                run_environment(**self.args.env[gpu]), patience, on_event))
         finally:                # also if the run is cancelled
             exp.ended += 1
             exp.save()
@@ -464,16 +442,14 @@ class Lab:
         self.judged.append(exp)
         self.active = [other for other in self.active if other is not exp]
         self.left -= 1
-        if status == "keep":
-            self.discards = 0
-        if status == "discard":
-            self.discards += 1
+        if status != "crash":
+            self.discards = self.discards + 1 if status == "discard" else 0
         self.draw()
         say(verdict(exp))
 
     def draw(self):
-        budget = self.conditions.get("budget", 0)
-        write_whole(PLOT, progress_svg(self.judged, self.confirmed, budget))
+        write_whole(PLOT, progress_svg(self.judged, self.confirmed,
+                                       self.conditions.get("budget", 0)))
 
     def send_back(self, exp: Experiment, problem: Unusable):
         """Return exp to its LLM with what is wrong, RETURNS times at most; else it is a crash."""
@@ -601,12 +577,8 @@ class Lab:
 
         async def worker():
             for exp, reports in remaining:      # each worker takes the next one
-                try:
-                    async with self.accelerator(exp) as gpu:
-                        await self.train(exp, gpu, reports)
-                except Unusable as problem:
-                    raise Stop(f"#{exp.number} does not run: {problem}; see {exp.folder}/"
-                               f"run-*.log and mend {TRAIN}") from None
+                async with self.accelerator(exp) as gpu:
+                    await self.train(exp, gpu, reports)
 
         await asyncio.gather(*(worker() for _ in range(self.args.workers)))
 
@@ -662,36 +634,36 @@ class Finished(Exception):
 class Unusable(Exception):
     """Says why a candidate gets no score; `log` is the end of what its run printed."""
 
-    def __init__(self, reason: str, log: str = ""):
+    def __init__(self, reason: str, log: str = "", started: bool = True):
         super().__init__(reason)
         self.log = log
+        self.started = started      # False if not even prepare.py began, so it is not to blame
 
 
 LONGEST_PAUSE = 300     # seconds between two attempts, while something fails again and again
-FALSE_STARTS = 5        # if so many runs in a row do not even start, the driver ends
 DEATHS = 2              # if the driver died so often during runs of one candidate, it is a crash
 
 # ---- 3  The judge's numbers ---------------------------------------------------------------------
-
-def margin(k: int, n: int, noise: float) -> float:
-    """Return the gain that longer code needs after k runs, against an incumbent of n runs."""
-    return WIN * standard_error(k, n, noise)
-
 
 # The rule in English, for the prompt. Another judge needs another text, and other margins.
 RULE = (f"A change is kept if it is better after each of {RUNS} runs, on different seeds. One that "
         f"makes the code longer, in lines without comments, has to win by a margin after each run.")
 
 
-def standard_error(k: int, n: int, noise: float) -> float:
-    """Return the standard error of the difference of two means, of k and of n runs."""
-    return noise * math.sqrt(1 / k + 1 / n)
-
-
 def margins_now(n: int, noise: float) -> str:
     """Return in English what longer code has to gain now, against an incumbent of n runs."""
     margins = [f"{margin(k, n, noise):.4f} after run {k}" for k in range(1, RUNS + 1)]
     return f"Longer code has to win by {' and '.join(margins)}."
+
+
+def margin(k: int, n: int, noise: float) -> float:
+    """Return the gain that longer code needs after k runs, against an incumbent of n runs."""
+    return WIN * standard_error(k, n, noise)
+
+
+def standard_error(k: int, n: int, noise: float) -> float:
+    """Return the standard error of the difference of two means, of k and of n runs."""
+    return noise * math.sqrt(1 / k + 1 / n)
 
 
 def judge_version() -> str:
@@ -776,10 +748,7 @@ def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
 
 def read_program() -> str:
     """Return program.md; "" if there is nothing to read, as while an editor replaces it."""
-    try:
-        data = PROGRAM.read_bytes()
-    except OSError:
-        return ""
+    data = PROGRAM.read_bytes() if PROGRAM.exists() else b""
     is_utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     return data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
 
@@ -813,19 +782,9 @@ GRACE = 3               # seconds from SIGTERM to SIGKILL
 NEEDED = ["val_bpb", "test_bpb", "train_seconds", "total_seconds", "peak_memory_mb"]
 
 
-@dataclass
-class Result:
-    """What came of a run: a report, or the reason why there is none."""
-
-    report: dict        # what prepare.py reported; {} without a score
-    reason: str         # why there is no score
-    log: str            # the end of what the run printed
-    started: bool       # False if not even prepare.py began: the candidate is not to blame
-
-
 async def run_command(command: list[str], log: Path, environment: dict[str, str], patience: float,
-                      on_event: Callable[[dict, str], None]) -> Result:
-    """Run a command and return what came of it.
+                      on_event: Callable[[dict, str], None]) -> dict:
+    """Run a command and return what prepare.py reported. Raises Unusable without a score.
 
     prepare.py prints events, as lines "KEY {json}". An event with a "limit" begins a phase: the
     next phase has to begin within so many seconds, and the first one within `patience`.
@@ -858,23 +817,22 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
                 phase, patience = f"in {event['event']}", event["limit"]
             on_event(event, printed[-1][:80])
     cause = cause or "ended without a report"
-    return outcome(process.returncode, event, f"{cause}, {phase}", printed)
+    return checked(process.returncode, event, f"{cause}, {phase}", printed)
 
 
-def outcome(code: int, event: dict, cause: str, printed: Iterable[str]) -> Result:
-    """Return what came of a run, from its exit code, its last event and its last lines."""
+def checked(code: int, event: dict, cause: str, printed: Iterable[str]) -> dict:
+    """Return a run's last event if it is a report with a score. Raises Unusable."""
     *_, last = printed
-    end = "\n".join(printed).strip()
     if event.get("event") == "report" and code == 0:    # a report counts only after a normal end
         numbers = [event.get(name) for name in NEEDED]
         if all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            return Result(event, "", end, True)
+            return event
         event["reason"] = f"no finite number for one of {', '.join(NEEDED)} was reported"
     how = f"code {code}" if code >= 0 else f"signal {-code}"
     if code == -signal.SIGKILL:
         how += " (out of memory?)"
     reason = event.get("reason") or f"{cause}, by {how}: {last[:80]}"
-    return Result({}, one_line(reason), end, bool(event))
+    raise Unusable(one_line(reason), "\n".join(printed).strip(), started=bool(event))
 
 
 async def lines_of(process: subprocess.Popen) -> AsyncIterator[bytes]:
@@ -1544,8 +1502,8 @@ def in_words(error: Exception) -> str:
     """Return the line that an error ends the driver with: what happened, and what to do."""
     if isinstance(error, Stop):
         return str(error)
-    if isinstance(error, Unusable):     # the baseline does not parse or has no train()
-        return f"{TRAIN}: {error}: mend it, or git checkout {TRAIN}"
+    if isinstance(error, Unusable):     # no candidate's, but the baseline's
+        return f"{TRAIN}: {error}: mend it, or git checkout {TRAIN}; {FOLDER}/*/run-*.log has more"
     if isinstance(error, OSError):
         return (f"{error.strerror or error}: {error.filename or Path.cwd()}; what was logged is "
                 f"safe: make room, give permission or put it there, and start again")
