@@ -339,12 +339,12 @@ class Lab:
         if exp.by == "search":
             rng = random.Random(f"{exp.number} {best.fingerprint}")
             cuda = self.conditions.get("device") not in ("cpu", "mps")
-            for exp.description, source in random_moves(rng, best.source, cuda):
-                if program_of(source)[0] not in known:
-                    break
-            else:
+            moves = random_moves(rng, best.source, cuda)
+            new = next((move for move in moves if program_of(move[1])[0] not in known), None)
+            if not new:
                 say("the search has nothing new to propose: edit train.py, or connect an LLM")
                 raise Finished
+            exp.description, source = new
         fingerprint, code_lines = program_of(source)
         if exp.by == "llm" and fingerprint in known:
             raise Unusable(f"the same program as #{known[fingerprint]}, but for comments")
@@ -494,8 +494,7 @@ class Lab:
             return
         # A kill between the writes of a keep has left a candidate in train.py. It still waits, and
         # is judged again. Anything else there that is not the incumbent is a person's edit.
-        left_by_kill = not TRAIN.exists() or read(TRAIN) in [exp.source for exp in self.waiting]
-        if left_by_kill:
+        if not TRAIN.exists() or read(TRAIN) in [exp.source for exp in self.waiting]:
             write_whole(TRAIN, self.incumbent.source)
         for exp in self.waiting:
             if exp.tries - exp.ended >= DEATHS:
@@ -513,8 +512,7 @@ class Lab:
         elif not args.confirm:
             say(f"researcher  search; for an LLM set {CONNECT}")
         say(f"data        {args.folder.name}")
-        say(f"results     {len(self.judged)} rows in {LEDGER}, {PLOT}")
-        say("to stop     Ctrl-C; run it again to continue")
+        say(f"results     {len(self.judged)} rows in {LEDGER}, {PLOT}; after Ctrl-C, run it again")
 
     def check_conditions(self, event: dict):
         """Refuse a run whose score could not be compared with the baseline's."""
@@ -534,9 +532,8 @@ class Lab:
         """Make train.py as found the first incumbent, by BASELINE_RUNS runs."""
         source, base = read(TRAIN), self.experiments.get(0)
         if base is None or base.source != source:       # else it goes on with the runs it has
-            fingerprint, code_lines = program_of(source)
-            base = Experiment(0, "baseline", "baseline", source=source, fingerprint=fingerprint,
-                              code_lines=code_lines)
+            base = Experiment(0, "baseline", "baseline", source=source)
+            base.fingerprint, base.code_lines = program_of(source)
         self.experiments[0] = base
         say(f"baseline    {TRAIN} as it is, {BASELINE_RUNS} runs")
         code, changes = git("status", "--porcelain", "--untracked-files=no", TRAIN)
@@ -604,19 +601,11 @@ def longer_pause(pause: float) -> float:
 
 
 def program_of(source: str) -> tuple[str, int]:
-    """Return the fingerprint of a train.py, and its lines of code. Raises Unusable.
-
-    Comments and formatting change neither. Docstrings change only the lines.
-    """
-    tree, code = parse(source)
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [line for line in body if not isinstance(line, ast.Expr)
-                         or not isinstance(line.value, ast.Constant)]
-    program = ast.unparse(tree)
-    if not re.search(r"(?m)^def train\(", program):
+    """Return the fingerprint of a train.py, and its lines of code. Raises Unusable."""
+    code = code_in(source)
+    if not re.search(r"(?m)^def train\(", code):
         raise Unusable("train.py has to define train() -> torch.nn.Module at top level")
-    return hashlib.sha256(program.encode()).hexdigest()[:16], len(code.splitlines())
+    return hashlib.sha256(code.encode()).hexdigest()[:16], len(code.splitlines())
 
 
 class Stop(Exception):
@@ -692,8 +681,6 @@ RULES = f"""You do machine-learning research: each experiment is a new train.py.
 for a fixed time on a fixed machine and keeps it if val_bpb falls.
 {{}}
 - {RULE}
-- A gain has to travel: it counts only if it survives at half and at twice the budget. A constant
-  that fits the speed of this one machine is a defect.
 - No program runs twice; comments do not make it another one.
 
 Reply in exactly this form, nothing else:
@@ -1107,7 +1094,7 @@ def edited(source: str, blocks: list[tuple[str, str]]) -> str:
     for search, replace in blocks:
         for line in left_out(search, replace):
             raise Unusable(f"write the code that this line stands for: {line}")
-    if parse(new)[1] == parse(source)[1]:
+    if code_in(new) == code_in(source):
         raise Unusable("it changes nothing, or only comments")
     return new
 
@@ -1154,11 +1141,15 @@ def left_out(old: str, new: str) -> Iterator[str]:
             yield line
 
 
-def parse(source: str) -> tuple[ast.Module, str]:
-    """Return a program's syntax tree, and its code without comments. Raises Unusable."""
+def code_in(source: str) -> str:
+    """Return a program without comments, docstrings and its formatting. Raises Unusable."""
     try:
         tree = ast.parse(source)
-        return tree, ast.unparse(tree)
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [line for line in body if not isinstance(line, ast.Expr)
+                             or not isinstance(line.value, ast.Constant)]
+        return ast.unparse(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Unusable(f"it does not parse: {error}: {getattr(error, 'text', '')}") from None
 
