@@ -1267,13 +1267,13 @@ def row_of(exp: Experiment) -> dict[str, str]:
     runs = exp.runs[:exp.counted]
     shown = [dict.fromkeys(NEEDED, 0)] if exp.status == "crash" else runs
     val, test, train, total, memory = ([run[name] for run in shown] for name in NEEDED)
-    values = [exp.commit or exp.fingerprint[:7] or "0000000", f"{score(val):.6f}",
-              f"{max(memory) / 1000:.1f}", exp.status,
-              one_line(exp.description) or "no proposal that could be run", str(exp.number), exp.by,
-              ",".join(f"{run['val_bpb']:.6f}" for run in runs), f"{score(test):.6f}", exp.reason,
-              f"{sum(train):.1f}", f"{sum(total):.1f}", str(exp.input_tokens),
-              str(exp.output_tokens), exp.finished]
-    return dict(zip(COLUMNS, values, strict=True))
+    row = vars(exp) | {
+        "commit": exp.commit or exp.fingerprint[:7] or "0000000", "experiment": exp.number,
+        "runs": ",".join(f"{run['val_bpb']:.6f}" for run in runs),
+        "val_bpb": f"{score(val):.6f}", "test_bpb": f"{score(test):.6f}",
+        "train_seconds": f"{sum(train):.1f}", "total_seconds": f"{sum(total):.1f}",
+        "memory_gb": f"{max(memory) / 1000:.1f}"}
+    return {name: str(row[name]) for name in COLUMNS}
 
 
 def append_row(exp: Experiment):
