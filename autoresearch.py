@@ -49,9 +49,8 @@ import textwrap
 import threading
 import time
 import traceback
-import unicodedata
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -1215,54 +1214,59 @@ COLUMNS = ["commit", "val_bpb", "memory_gb", "status", "description", "experimen
 def row_of(exp: Experiment) -> dict[str, str]:
     """Return the row of results.tsv for a judged experiment; a crash has 0 for every number."""
     runs = exp.runs[:exp.counted]
-    nothing = collections.Counter()     # gives 0 for every key
-    shown = [nothing] if exp.status == "crash" else runs
+    shown = [dict.fromkeys(NEEDED, 0)] if exp.status == "crash" else runs
     val, test, train, total, memory = ([run[name] for run in shown] for name in NEEDED)
-    values = [exp.commit or exp.fingerprint[:7] or "0000000", f"{score(val):.6f}",
-              f"{max(memory) / 1000:.1f}", exp.status,
-              one_line(exp.description) or "no proposal that could be run", str(exp.number), exp.by,
-              ",".join(f"{run['val_bpb']:.6f}" for run in runs), f"{score(test):.6f}", exp.reason,
-              f"{sum(train):.1f}", f"{sum(total):.1f}", str(exp.input_tokens),
-              str(exp.output_tokens), exp.finished]
-    return dict(zip(COLUMNS, values, strict=True))
+    row = vars(exp) | {
+        "commit": exp.commit or exp.fingerprint[:7] or "0000000", "experiment": exp.number,
+        "runs": ",".join(f"{run['val_bpb']:.6f}" for run in runs),
+        "val_bpb": f"{score(val):.6f}", "test_bpb": f"{score(test):.6f}",
+        "train_seconds": f"{sum(train):.1f}", "total_seconds": f"{sum(total):.1f}",
+        "memory_gb": f"{max(memory) / 1000:.1f}"}
+    return {name: str(row[name]) for name in COLUMNS}
 
 
 def append_row(exp: Experiment):
     """Append a row with one write and one fsync: a kill leaves all of it or a part at the end."""
     with open(LEDGER, "ab", buffering=0) as file:
-        header = "" if file.tell() else "\t".join(COLUMNS) + "\n"
-        file.write((header + "\t".join(row_of(exp).values()) + "\n").encode())
+        file.write(("\t".join(row_of(exp).values()) + "\n").encode())
         os.fsync(file.fileno())
 
 
 def mend_ledger(judged: list[Experiment]):
-    """Make results.tsv agree with runs/, which has the truth."""
-    text = read(LEDGER) if LEDGER.exists() else ""
-    rows = [line.split("\t") for line in text.split("\n")[1:-1]]    # no header, no torn last line
-    numbers = {row[COLUMNS.index("experiment")] for row in rows if len(row) == len(COLUMNS)}
-    if lost := numbers - {str(exp.number) for exp in judged}:
-        raise Stop(f"{LEDGER} has rows of the experiments {', '.join(sorted(lost))}, which are not "
-                   f"judged by {FOLDER}/: put {FOLDER}/ back, or begin anew: {BEGIN_ANEW}")
+    """Make results.tsv agree with runs/, which has the truth. A first start writes the header."""
     rows = [COLUMNS, *(row_of(exp).values() for exp in judged)]
     mended = "".join("\t".join(row) + "\n" for row in rows)
-    if judged and text != mended:
-        if text:
-            write_whole(LEDGER.with_suffix(".old"), text)
-            say(f"{LEDGER} did not agree with {FOLDER}/ and is mended; results.old is as it was")
-        write_whole(LEDGER, mended)
+    text = read(LEDGER) if LEDGER.exists() else ""
+    if text.count("\n") > len(rows):
+        raise Stop(f"{LEDGER} has more lines than {FOLDER}/ has verdicts: put back what is missing "
+                   f"there, delete what is no row, or begin anew: {BEGIN_ANEW}")
+    if text not in ("", mended):
+        write_whole(LEDGER.with_suffix(".old"), text)
+        say(f"{LEDGER} did not agree with {FOLDER}/ and is mended; results.old is as it was")
+    write_whole(LEDGER, mended)
 
 
 def saved_experiments() -> Iterator[Experiment]:
     """Yield the experiments in runs/, oldest first. One line names what cannot be read."""
-    known = {field.name for field in fields(Experiment)}
     for path in sorted(FOLDER.glob("*/experiment.json")):
         try:
-            saved = json.loads(read(path))
-            if unknown := saved.keys() - known:
-                say(f"{path}: {', '.join(sorted(unknown))} is of another version, and ignored")
-            yield Experiment(**{name: saved[name] for name in saved.keys() & known})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            yield Experiment(**json.loads(read(path)))
+        except (OSError, ValueError, TypeError) as error:
             say(f"{path} is skipped, and its folder stays as it is: {one_line(str(error), 100)}")
+
+
+def read_json(path: Path) -> dict:
+    """Return the data in a file; {} if there is no such file."""
+    try:
+        return dict(json.loads(read(path))) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise Stop(f"{path} is damaged ({error}): put a copy back, delete it if it is "
+                   f"{CONFIRMED}, or begin anew: {BEGIN_ANEW}") from None
+
+
+def read(path: Path) -> str:
+    """Return a file's text. What is not UTF-8 in it is kept, and written as it was."""
+    return path.read_bytes().decode("utf-8", "surrogateescape")
 
 
 def write_whole(path: Path, content: str | dict):
@@ -1277,45 +1281,24 @@ def write_whole(path: Path, content: str | dict):
     os.replace(temporary, path)
 
 
-def read(path: Path) -> str:
-    """Return a file's text. What is not UTF-8 in it is kept, and written as it was."""
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return file.read()
-
-
-def read_json(path: Path) -> dict:
-    """Return the data in a file; {} if there is no such file."""
-    try:
-        return dict(json.loads(read(path))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise Stop(f"{path} is damaged ({error}): put a copy back, delete it if it is "
-                   f"{CONFIRMED}, or begin anew: {BEGIN_ANEW}") from None
-
-
 def git_commit(description: str, reason: str) -> str:
     """Commit train.py alone, on a branch autoresearch/... only. Return its name, or ""."""
     if not git("branch", "--show-current")[1].startswith("autoresearch/"):
         return ""
-    added = git("add", TRAIN)
-    committed = git("commit", "--only", "-m", f"{description}\n\n{reason}", TRAIN)
+    git("add", TRAIN)
+    words = git("commit", "--no-gpg-sign", "-m", f"{description}\n\n{reason}", "--", TRAIN)[1]
     # What git has now decides: it may have had this commit already, from before a kill.
     if git("rev-parse", "HEAD:./train.py") == git("hash-object", TRAIN):
         return git("log", "-1", "--format=%h", "--abbrev=7", "--", TRAIN)[1]
-    words = added[1] or committed[1] or "git does not look at it"
     say(f"{TRAIN} was not committed, and the night goes on: {one_line(words)}")
     return ""
 
 
 def git(*args: str | Path) -> tuple[int, str]:
-    """Return git's exit code and what it prints; 1 and the error if there is no git."""
-    # Hooks and signatures may ask questions, and nobody is there at night.
-    quiet = "git", "-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false"
-    try:
-        done = subprocess.run([*quiet, *args], timeout=60, stdin=subprocess.DEVNULL, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
-    except (subprocess.SubprocessError, OSError) as error:
-        return 1, str(error)
-    return done.returncode, done.stdout.strip()
+    """Return git's exit code and what it prints, also if there is no git."""
+    # Hooks may ask questions, and nobody is there at night.
+    command = shlex.join(["git", "-c", "core.hooksPath=/dev/null", *map(str, args)])
+    return subprocess.getstatusoutput(f"{command} < /dev/null", errors="replace")
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -1329,9 +1312,9 @@ def one_line(text: str, limit: int = 300) -> str:
 
 UNIT = "bits per byte"      # of val_bpb; another task has another
 COLOURS = {"llm": "#1f87d6", "search": "#d55e00", "human": "#009e73", "baseline": "gray"}
-WIDTH, HEIGHT = 630, 220    # of the plot in the picture; its upper left corner is (0, 0)
+WIDTH, HEIGHT = 630, 200    # of the plot in the picture; its upper left corner is (0, 0)
 TEXT = '<text x="{}" y="{}" class="{}">{}</text>'
-START = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -136 720 388"><style>
+START = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -156 720 388"><style>
 svg {font: 17px sans-serif; color-scheme: light dark; background: Canvas; fill: CanvasText}
 text {stroke: Canvas; stroke-width: 4px; paint-order: stroke} .keep {r: 6px; opacity: 1}
 text:first-of-type {font-size: 26px} .middle {text-anchor: middle} .end {text-anchor: end}
@@ -1339,14 +1322,25 @@ path {fill: none; stroke-width: 3px} circle {r: 4px; opacity: 0.4}</style>"""
 
 
 def verdict(exp: Experiment) -> str:
-    """Return an experiment's line in the terminal and in the summary."""
+    """Return an experiment's line in the terminal."""
     bpb = "no score" if exp.status == "crash" else f"{score(exp.scores):.6f}"
-    return (f"#{exp.number:<4} {exp.by:8} {bpb}  {exp.status:7}  "
-            f"{one_line(exp.description)}  [{one_line(exp.reason)}]")
+    return f"#{exp.number:<4} {exp.by:8} {bpb}  {exp.status:7}  {exp.description}  [{exp.reason}]"
 
 
 def kept(experiments: list[Experiment]) -> list[Experiment]:
     return [exp for exp in experiments if exp.status == "keep"]
+
+
+def summary(judged: list, everything: Collection, confirmed: dict, budget: float) -> list[str]:
+    """Return the night in lines: the scores of baseline and incumbent, the gain, what it took."""
+    counts = collections.Counter(exp.status for exp in judged if exp.number)
+    minutes = sum(run["total_seconds"] for exp in judged for run in exp.runs) / 60
+    sent = sum(exp.input_tokens for exp in everything)
+    got = sum(exp.output_tokens for exp in everything)
+    return [*headline(judged, confirmed, budget),
+            f"{counts.total()} experiments: {counts['keep']} kept, {counts['discard']} discarded, "
+            f"{counts['crash']} crashed",
+            f"{minutes:,.0f} minutes; LLM: {sent:,} tokens in, {got:,} out"]
 
 
 def headline(judged: list, confirmed: dict, budget: float) -> list[str]:
@@ -1354,81 +1348,64 @@ def headline(judged: list, confirmed: dict, budget: float) -> list[str]:
     if len(kept(judged)) < 2:
         return ["no gain yet", "nothing better than the baseline was kept"]
     base, *_, best = kept(judged)
-    old, new, how = score(base.scores), score(best.scores), "as selected (see --confirm)"
-    error = standard_error(len(base.scores), len(best.scores), noise_of(judged)) or math.nan
-    mine = [entry for entry in confirmed.values() if entry["incumbent"] == best.number]
-    own = confirmed.get(f"{budget:g}")
-    if own in mine:     # the runs of the night flatter what they chose
-        old = score([run["val_bpb"] for run in own["baseline_runs"]])
-        new = score([run["val_bpb"] for run in own["incumbent_runs"]])
+    before, after, how = base.scores, best.scores, "as selected (see --confirm)"
+    error = standard_error(len(before), len(after), noise_of(judged)) or math.nan
+    claims = {name: claim for name, claim in confirmed.items() if claim["incumbent"] == best.number}
+    if own := claims.pop(f"{budget:g}", None):      # the runs of the night flatter what they chose
+        before = [run["val_bpb"] for run in own["baseline_runs"]]
+        after = [run["val_bpb"] for run in own["incumbent_runs"]]
         error, how = own["error"], f"confirmed on {own['n']} fresh seeds"
-    others = ["at {budget:g} s {gain:+.4f} ± {error:.4f}".format(**entry)
-              for entry in mine if entry is not own]
-    gain = f"gain at {budget:g} s {old - new:+.4f} ± {error:.4f}, {how}"
-    lines = [f"{old:.3f} to {new:.3f} {UNIT}", gain]
+    old, new = score(before), score(after)
+    lines = [f"{old:.3f} to {new:.3f} {UNIT}",
+             f"gain at {budget:g} s {old - new:+.4f} ± {error:.4f}, {how}"]
+    others = ["at {budget:g} s {gain:+.4f} ± {error:.4f}".format(**claim)
+              for claim in claims.values()]
     return [*lines, f"gain {', '.join(others[-3:])}"] if others else lines
-
-
-def summary(judged: list, everything: Iterable, confirmed: dict, budget: float) -> str:
-    """Return the night in lines: the gain, what was kept, counts, tokens."""
-    lines = headline(judged, confirmed, budget) + [verdict(exp) for exp in kept(judged)]
-    counts = collections.Counter(exp.status for exp in judged if exp.number)
-    lines.append(f"{counts.total()} experiments: {counts['keep']} kept, {counts['discard']} "
-                 f"discarded, {counts['crash']} crashed")
-    for exp in kept(judged)[-1:]:
-        if (epochs := exp.runs[-1].get("epochs", 0)) > 1:
-            lines.append(f"the incumbent's newest run saw the text {epochs:.1f} times")
-    asked = [(exp.input_tokens, exp.output_tokens, exp.calls) for exp in everything if exp.calls]
-    if asked:
-        lines.append("LLM: {} tokens in, {} out, {} calls".format(*map(sum, zip(*asked))))
-    return "\n".join(lines)
 
 
 def progress_svg(judged: list, confirmed: dict, budget: float, control: list = ()) -> str:
     """Return the night as a picture; `control`: experiments of another night, for comparison."""
-    minutes = sum(run.get("total_seconds", 0) for exp in judged for run in exp.runs) / 60
-    tokens = sum(exp.input_tokens + exp.output_tokens for exp in judged)
-    names = [f'<tspan fill="{COLOURS[by]}">{by}</tspan>' for by in COLOURS]
-    lines = [*headline(judged, confirmed, budget), f"{minutes:,.0f} minutes, {tokens:,} tokens",
-             f"val_bpb by experiment, lower is better: {', '.join(names)}"]
-    svg = [TEXT.format(-58, 23 * i - 106, "", line) for i, line in enumerate(lines)]
+    names = ", ".join(f'<tspan fill="{COLOURS[by]}">{by}</tspan>' for by in COLOURS)
+    lines = [*summary(judged, judged, confirmed, budget),
+             f"val_bpb by experiment, lower is better: {names}"]
+    svg = [START, *(TEXT.format(-58, 23 * i - 126, "", line) for i, line in enumerate(lines))]
     levels = [score(exp.scores) for exp in kept([*judged, *control])] or [1.0]
     span = max(max(levels) - min(levels), 10 * noise_of(judged), 0.01)  # noise alone stays small
     high, scale = max(levels) + span / 4, HEIGHT / (1.4 * span)
-    end, where = max(len(judged), len(control), 1), {}
+    end = max(len(judged), len(control), 1)
     for bpb in ticks(high - HEIGHT / scale, high):
         y = round((high - bpb) * scale)
         svg.append(f'<rect y="{y}" width="{WIDTH}" height="1" opacity="0.2"/>')
         svg.append(TEXT.format(-8, y + 6, "end", bpb))
     for i in filter(float.is_integer, ticks(0, end)):
         svg.append(TEXT.format(int(i) * WIDTH // end, HEIGHT + 22, "middle", int(i)))
+    where = {}
     for experiments in control, judged:
-        main = max(COLOURS, key=[exp.by for exp in experiments].count)
         for i, exp in enumerate(experiments):
             colour = COLOURS.get(exp.by, "gray")
             bpb = math.inf if exp.status == "crash" else score(exp.scores)
             y = max(0, (high - bpb) * scale)        # a crash is at the upper edge
-            x, y = i * WIDTH // end, round(min(y, HEIGHT))
-            where[exp] = x, y
+            where[exp] = x, y = i * WIDTH // end, round(min(y, HEIGHT))
             svg.append(f'<circle class="{exp.status}" cx="{x}" cy="{y}" fill="{colour}"/>')
-        steps = [where[exp] for exp in kept(experiments)]
-        stairs = "".join(f"H{x}V{y}" for x, y in steps) + f"H{len(experiments) * WIDTH // end}"
-        svg += [f'<path d="M0 {y}{stairs}" stroke="{COLOURS[main]}"/>' for _, y in steps[:1]]
-    return "\n".join([START, *svg, *labels(kept(judged), where), "</svg>"])
+        if steps := [where[exp] for exp in kept(experiments)]:
+            main = max(COLOURS, key=[exp.by for exp in experiments].count)
+            stairs = "".join(f"H{x}V{y}" for x, y in steps) + f"H{len(experiments) * WIDTH // end}"
+            svg.append(f'<path d="M0 {steps[0][1]}{stairs}" stroke="{COLOURS[main]}"/>')
+    return "\n".join([*svg, *labels(kept(judged), where), "</svg>"])
 
 
 def ticks(low: float, high: float) -> list[float]:
     """Return the round numbers from low to high, eight at most."""
-    steps = [n * 10.0**k for k in range(-4, 9) for n in (1, 2, 5)]
-    step = min(step for step in steps if 7 * step >= high - low)
+    steps = (n * 10.0**k for k in range(-4, 9) for n in (1, 2, 5))
+    step = next(step for step in steps if 7 * step >= high - low)
     return [round(i * step, 4) for i in range(math.ceil(low / step), int(high / step) + 1)]
 
 
 def labels(keeps: list[Experiment], where: dict) -> Iterator[str]:
     """Yield the names of the five largest gains, which have room above the stairs."""
     gains = {new: score(old.scores) - score(new.scores) for old, new in zip(keeps, keeps[1:])}
-    low, largest = HEIGHT, sorted(gains, key=gains.get)[-5:]
-    for exp in reversed([exp for exp in keeps if exp in largest]):
+    largest, low = sorted(gains, key=gains.get)[-5:], HEIGHT
+    for exp in sorted(largest, key=where.get, reverse=True):        # from right to left
         words = textwrap.wrap(one_line(f"#{exp.number} {exp.description}"), 18)[0].rstrip(":,;")
         x = where[exp][0] + 8
         left, side = (x, "") if x < WIDTH / 2 else (x - 11 * len(words), "end")
@@ -1459,17 +1436,11 @@ def write_log(line: str):
 def show(line: str):
     """Redraw the live line, in a terminal, as far as it fits there."""
     if sys.stdout.isatty():
-        columns = shutil.get_terminal_size().columns
-        while len(line) + sum(unicodedata.east_asian_width(c) in "WFA" for c in line) >= columns:
-            line = line[:-1]
-        say(line, live=True)
+        plain = line.encode("ascii", "replace").decode()    # other characters may be two wide
+        say(plain[:shutil.get_terminal_size().columns - 1], live=True)
 
 
 # ---- 11  Command line ---------------------------------------------------------------------------
-
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-DATA_SETS = r"python|stdlib|tinystories|c4(:\d+)?"     # anything else is a path
-
 
 def main() -> int | str:
     """Return the exit code, or what went wrong: sys.exit() prints that and ends with code 1."""
@@ -1480,70 +1451,61 @@ def main() -> int | str:
         lab = Lab(args)
         if args.experiments != 0:
             result = asyncio.run(until_signal(lab.night()))
-    except Exception as error:
-        result = f"autoresearch.py: {in_words(error)}"
-        write_log(result)
+    except Stop as reason:
+        result = f"autoresearch.py: {reason}"
+    except Unusable as problem:         # the baseline has no train(), for example
+        result = (f"autoresearch.py: {TRAIN}: {problem}: mend it, or git checkout {TRAIN}; "
+                  f"{FOLDER}/ has its log")
+    except Exception as error:          # the disk is full, for example, or this file has a fault
+        write_log(traceback.format_exc())
+        result = (f"autoresearch.py: {type(error).__name__}: {error}; what was logged is safe: "
+                  f"mend that and start again, or report it with the end of {LOG}")
     if lab:
-        say(summary(lab.judged, lab.experiments.values(), lab.confirmed,
-                    lab.conditions.get("budget", 0)))
+        budget = lab.conditions.get("budget", 0)
+        lines = summary(lab.judged, lab.experiments.values(), lab.confirmed, budget)
+        say("\n".join([*map(verdict, kept(lab.judged)), *lines]))
+    if isinstance(result, str):
+        write_log(result)
     return result
-
-
-def in_words(error: Exception) -> str:
-    """Return the line that an error ends the driver with: what happened, and what to do."""
-    if isinstance(error, Stop):
-        return str(error)
-    if isinstance(error, Unusable):     # no candidate's, but the baseline's
-        return f"{TRAIN}: {error}: mend it, or git checkout {TRAIN}; {FOLDER}/*/run-*.log has more"
-    if isinstance(error, OSError):
-        return (f"{error.strerror or error}: {error.filename or Path.cwd()}; what was logged is "
-                f"safe: make room, give permission or put it there, and start again")
-    write_log(traceback.format_exc())
-    return (f"{type(error).__name__}: {error}; what was logged is safe. Start again, and report it "
-            f"with the end of {LOG}")
 
 
 async def until_signal(work: Coroutine) -> int:
     """Do the work and return 0; or cancel it at the first signal, and return 128 + its number."""
-    loop, task, received = asyncio.get_running_loop(), asyncio.ensure_future(work), []
-
-    def stop(number: int):
-        if not received:        # the others are ignored: it is ending already
-            say(f"stopped by {signal.Signals(number).name}")
-            task.cancel()
-        received.append(number)
-
-    for number in SIGNALS:
+    cancel = asyncio.current_task().cancel
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         if signal.getsignal(number) != signal.SIG_IGN:      # nohup wants to outlive its terminal
-            loop.add_signal_handler(number, stop, number)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    return 128 + received[0] if received else 0
+            asyncio.get_running_loop().add_signal_handler(number, cancel, number)
+    try:
+        await work
+    except asyncio.CancelledError as stop:
+        say(f"stopped by {signal.Signals(*stop.args).name}")
+        return 128 + stop.args[0]
+    return 0
 
 
 async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
     """Return the variables for the runs on each accelerator: its GPU, its share of the cores."""
     if args.workers == 1 or args.launch:
         return [{}] * args.workers
-    gpus = (await ask_prepare("--devices")).split(",")      # [""] without CUDA
-    if gpus != [""] and len(gpus) < args.workers:
+    gpus = (await ask_prepare("--devices", answer=r"[\w/-]+(, ?[\w/-]+)*")).split(",")
+    if gpus != [""] and len(gpus) < args.workers:       # [""] without CUDA
         say(f"WARNING: {args.workers} workers share {len(gpus)} GPUs, so runs slow each other down")
     cores = str(os.cpu_count() // args.workers or 1)
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], "OMP_NUM_THREADS": cores,
              "TORCHINDUCTOR_COMPILE_THREADS": cores} for i in range(args.workers)]
 
 
-async def ask_prepare(*flags: str) -> str:
-    """Run prepare.py, which has torch and the data; show what it prints, return the last line."""
-    last = ""
+async def ask_prepare(*flags: str, answer: str = ".+") -> str:
+    """Run prepare.py, which has torch and the data, and return its last line that is an answer."""
+    lines = []
     with process_group([sys.executable, "prepare.py", *flags], run_environment()) as process:
         async for line in lines_of(process):
             if text := line.decode("utf-8", "surrogateescape").rstrip():
-                last = text
-                say(last)
+                lines.append(text)
+                say(text)
     if process.returncode:
-        raise Stop(last or "prepare.py ended without a word")
-    return last
+        raise Stop(lines[-1] if lines else "prepare.py ended without a word")
+    return next((line for line in reversed(lines) if re.fullmatch(answer, line)), "")
 
 
 def lock_folder():
@@ -1582,9 +1544,7 @@ def parse_arguments() -> argparse.Namespace:
     args.researcher = args.researcher or ("llm" if configured else "search")
     if args.researcher == "llm" and not configured:
         parser.error(f"--researcher llm needs {CONNECT}")
-    if args.launch and not shutil.which(args.launch[0]):
-        parser.error(f"--launch: there is no program {args.launch[0]} on this machine")
-    if args.data and not re.fullmatch(DATA_SETS, args.data):
+    if args.data and not re.fullmatch(r"python|stdlib|tinystories|c4(:\d+)?", args.data):
         args.data = str(Path(args.data).expanduser().resolve())     # as seen from where we start
     return args
 

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+BUDGET = 30     # seconds of each run in the recorded nights
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 
@@ -24,14 +25,14 @@ def experiment(row: dict[str, str]) -> ar.Experiment:
              "total_seconds": float(row["total_seconds"]) / len(scores)} for bpb in scores]
     return ar.Experiment(
         int(row["experiment"]), row["by"], row["description"], status=row["status"],
-        reason=row["reason"], runs=runs, input_tokens=int(row["input_tokens"]),
-        output_tokens=int(row["output_tokens"]))
+        reason=row["reason"], runs=runs, commit=row["commit"],
+        input_tokens=int(row["input_tokens"]), output_tokens=int(row["output_tokens"]))
 
 
 def picture() -> str:
     """Return the LLM's night, and that of the search beside it as its control."""
     confirmed = json.loads((TESTS / "night.json").read_text("utf-8"))
-    return ar.progress_svg(recorded("night"), confirmed, 60, recorded("search"))
+    return ar.progress_svg(recorded("night"), confirmed, BUDGET, recorded("search"))
 
 
 if __name__ == "__main__":

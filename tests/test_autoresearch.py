@@ -136,9 +136,8 @@ def test_what_a_row_shows_is_a_row_of_its_columns_alone():
 
 
 @pytest.mark.parametrize("damage", [
-    lambda text: text + text.splitlines()[1][:-3], lambda text: text + "what is this\n",
-    lambda text: text.splitlines(True)[0], lambda text: "", lambda text: text + text[-200:],
-    lambda text: text.replace("keep", "discard")], ids=range(6))
+    lambda text: text + text.splitlines()[1][:-3], lambda text: text.splitlines(True)[0],
+    lambda text: "", lambda text: text.replace("keep", "discard")], ids=range(4))
 def test_a_ledger_that_does_not_agree_with_runs_is_mended_and_the_old_one_is_saved(
         measured, monkeypatch, damage):
     ledger = measured.folder / "results.tsv"
@@ -166,7 +165,7 @@ def test_an_llm_proposes_and_no_prompt_has_test_bpb_or_the_key(measured, llm, wi
     first = next(row for row in rows if row["description"] == "a higher rate")
     assert first["by"] == "llm" and first["status"] == "keep" and first["runs"].count(",") == 1
     assert int(first["input_tokens"]) == 100 and int(first["output_tokens"]) == 30
-    assert re.search(r"LLM: \d+ tokens in, \d+ out, \d calls", output)
+    assert re.search(r"LLM: \d+ tokens in, \d+ out", output)
     saved = experiment(measured, int(first["experiment"]))
     assert saved["model"] == "scripted" and saved["why"] == "It should help."
     assert (measured.folder / "runs/0001/response-0.json").exists()
@@ -417,8 +416,8 @@ def test_an_edit_made_while_it_runs_is_the_next_candidate(measured, llm, researc
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--budget", "0"], "--budget has to be at least 0.1"), (["--budget", "x"], "invalid float"),
     (["--experiments", "-1"], "at least 0"), (["--workers", "0"], "--workers has to be at least 1"),
-    (["--researcher", "llm"], "needs ANTHROPIC_API_KEY"),
-    (["--launch", "srunx -N1"], "no program srunx"), (["--launch", "'srun"], "launch")])
+    (["--researcher", "llm"], "needs ANTHROPIC_API_KEY"), (["--launch", "'srun"], "launch"),
+    (["--launch", "srunx -N1"], "No such file or directory: 'srunx'")])
 def test_bad_flags_get_one_clear_line(measured, flags, said):
     process = subprocess.run(measured.command(*flags), cwd=measured.folder, env=measured.env,
                              capture_output=True, text=True)
@@ -434,7 +433,7 @@ def test_missing_files_and_forbidden_places_get_one_clear_line(measured, llm):
     shutil.rmtree(measured.folder / "runs")
     (measured.folder / "runs").write_text("a file in the way")
     output = measured.drive(code=1)
-    assert "File exists: runs" in output.splitlines()[-1]
+    assert "File exists: 'runs'" in output.splitlines()[-1]
 
 
 def test_other_conditions_are_refused_by_name(measured):
@@ -502,11 +501,18 @@ def test_only_a_branch_named_autoresearch_gets_commits_and_of_train_py_alone(mea
     assert git("diff", "--cached", "--name-only").split() == ["notes.txt"], "the index is as it was"
 
 
-def test_a_ledger_whose_experiments_are_gone_is_refused_with_the_command_to_begin_anew(measured):
-    shutil.move(measured.folder / "runs", measured.folder / "away")
+@pytest.mark.parametrize("gone", ["runs", "runs/0000", ""])
+def test_a_ledger_that_runs_does_not_account_for_is_refused_with_the_command_to_begin_anew(
+        measured, gone):
+    ledger = measured.folder / "results.tsv"
+    if gone:
+        shutil.move(measured.folder / gone, measured.folder / "away")
+    else:
+        ledger.write_text(ledger.read_text() + "what is this\n")
+    before = ledger.read_text()
     output = measured.drive(code=1)
-    assert "rows of the experiments 0" in output and "git checkout train.py" in output
-    assert len(measured.rows()) == 1
+    assert "results.tsv has more lines" in output and "git checkout train.py" in output
+    assert ledger.read_text() == before
 
 
 # Claims
@@ -563,22 +569,21 @@ def test_a_run_that_began_another_epoch_is_told_in_words():
     assert ar.what_it_did(run) == "10 steps, 20 tokens/s, this run saw the text 1.2 times"
     assert ar.what_it_did(run | {"epochs": 0.9}) == "10 steps, 20 tokens/s"
     assert ar.what_it_did({}) == "no details"
-    exp = a_judged(0, [1.5], "keep")
-    exp.runs[-1]["epochs"] = 1.23
-    assert "saw the text 1.2 times" in ar.summary([exp], [exp], {}, 60)
 
 
-def test_workers_share_the_cores_and_are_warned_if_they_share_a_gpu(monkeypatch, capsys):
-    async def devices(*flags):
-        return "MIG-a,3"
-    monkeypatch.setattr(ar, "ask_prepare", devices)
+@pytest.mark.parametrize("workers, printed, gpus, warned", [
+    (2, "MIG-a,3", ["MIG-a", "3"], False), (3, "MIG-a,3", ["MIG-a", "3", "MIG-a"], True),
+    (2, "", ["", ""], False)])
+def test_workers_share_the_cores_and_are_warned_if_they_share_a_gpu(
+        workers, printed, gpus, warned, monkeypatch, capsys, tmp_path):
+    warning = "print('UserWarning: CUDA: is old', flush=True)"
+    (tmp_path / "prepare.py").write_text(f"{warning}; print('{printed}', flush=True); {warning}")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ar.os, "cpu_count", lambda: 12)
-    for workers, warned in (2, 0), (3, 1):
-        args = types.SimpleNamespace(workers=workers, launch=[])
-        env = asyncio.run(ar.environments(args))
-        assert [e["CUDA_VISIBLE_DEVICES"] for e in env] == ["MIG-a", "3", "MIG-a"][:workers]
-        assert {e["TORCHINDUCTOR_COMPILE_THREADS"] for e in env} == {str(12 // workers)}
-        assert capsys.readouterr().out.count("3 workers share 2 GPUs") == warned
+    env = asyncio.run(ar.environments(types.SimpleNamespace(workers=workers, launch=[])))
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in env] == gpus
+    assert {e["TORCHINDUCTOR_COMPILE_THREADS"] for e in env} == {str(12 // workers)}
+    assert ("3 workers share 2 GPUs" in capsys.readouterr().out) == warned
 
 
 # What one machine, one reply or one file must not do
@@ -672,17 +677,16 @@ def test_a_damaged_file_in_runs_gets_one_line(measured, name, damage):
     assert name in output and "begin anew: mkdir -p old && mv results.tsv" in last
 
 
-def test_an_experiment_of_another_version_keeps_its_number_and_its_reply(measured, llm):
-    draft = vars(ar.Experiment(7, "llm", source=TINY, turns=[BETTER])) | {"other": 1}
-    for number, text in (7, json.dumps(draft)), (8, "damaged"):
+def test_an_experiment_that_cannot_be_read_keeps_its_number_and_its_folder(measured):
+    of_another_version = vars(ar.Experiment(7, "llm", turns=[BETTER])) | {"other": 1}
+    for number, text in (7, json.dumps(of_another_version)), (8, "damaged"):
         (measured.folder / f"runs/000{number}").mkdir()
         (measured.folder / f"runs/000{number}/experiment.json").write_text(text)
-    output = measured.drive("--experiments", 2, "--researcher", "search")
-    assert "runs/0007/experiment.json: other is of another version" in output
+    output = measured.drive("--experiments", 1, "--researcher", "search")
+    assert re.search("runs/0007/experiment.json is skipped.*'other'", output)
     assert "runs/0008/experiment.json is skipped" in output
     assert (measured.folder / "runs/0008/experiment.json").read_text() == "damaged"
-    assert [row["experiment"] for row in consistent(measured)] == ["0", "7", "9"]
-    assert consistent(measured)[1]["description"] == "a higher rate"
+    assert [row["experiment"] for row in consistent(measured)] == ["0", "9"]
 
 
 def test_a_program_md_in_utf_16_is_read_and_one_that_is_being_replaced_does_no_harm(monkeypatch,
