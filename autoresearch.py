@@ -29,7 +29,6 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import difflib
 import functools
 import hashlib
 import html
@@ -49,7 +48,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -869,8 +868,6 @@ def run_environment(**more: str) -> dict[str, str]:
 
 Answer = collections.namedtuple(    # complete: neither cut off nor empty nor refused
     "Answer", "text complete finish_reason input_tokens output_tokens raw")
-# Matches an error about a long prompt, but not one about max_tokens, which limits the reply.
-LONG = re.compile(r"(?s)context|^(?!.*max_).*(too (long|large)|input length|\btokens\b)")
 
 
 @dataclass(eq=False)
@@ -888,21 +885,24 @@ class LLM:
     def __init__(self, base_url: str | None, model: str | None):
         self.format = form = find_format(base_url, model)
         url_from = "--base-url" if base_url else next(filter(os.environ.get, form.urls), "")
-        url = base_url or os.environ.get(url_from, form.home)
-        url = re.sub(r"^(\w+:/*)?[^/]*@", r"\1", url.strip("\"' \n/"))    # without a password
+        key_from = next(filter(os.environ.get, reversed(form.keys)), "")    # a token first
+        url = (base_url or os.environ.get(url_from, form.home)).strip("\"' \n/")
+        if not re.match("https?://", url):
+            raise Stop(f"{url_from} has to begin with http:// or https://")
+        url = re.sub("//[^/]*@", "//", url)     # without a password
         self.url = url.removesuffix(form.path).removesuffix(form.version) + form.version
         self.model = model or (form.model if self.url == form.home else "")
-        key_from = next(filter(os.environ.get, reversed(form.keys)), "")    # a token first
         self.key = re.sub("[\"']|Bearer |[^!-~]", "", os.environ.get(key_from, ""))
         header, _, prefix = form.keys.get(key_from, "").partition(": ")
         self.headers = form.headers | ({header: prefix + self.key} if self.key else {})
         self.set_by = ", ".join(filter(None, (url_from, key_from)))
-        self.answered = False
+        self.answered = False       # after the first answer, no refusal ends the driver
 
     def greet(self) -> str:
         """Check the key, take the only model if none was named, and return who is asked."""
+        refusals = (401, 403) if self.model else range(500)     # not every server has /models
         with contextlib.suppress(Away):     # no answer now: ask() calls greet() again
-            names = self.http("/models", None, lambda data: [
+            names = self.http("/models", None, refusals, lambda data: [
                 model.get("id") or model["name"] for model in data.get("data") or data["models"]])
             if not self.model and len(names) != 1:
                 raise Stop(one_line(f"choose a --model of {self.url}: {names}", 1000))
@@ -917,7 +917,8 @@ class LLM:
         said = zip(itertools.cycle(("user", "assistant")), ["".join(prompt[1:]), *turns])
         chat = [{"role": role, "content": text} for role, text in said]
         body = self.format.body(self.model, prompt, chat)
-        answer = self.http(self.format.path.format(model=self.model), body, self.read)
+        path = self.format.path.format(model=self.model)
+        answer = self.http(path, body, range(300, 500), self.read)
         self.answered = True
         return answer
 
@@ -926,15 +927,14 @@ class LLM:
         content, reason, *counts = self.format.read(data)
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(part.get("text") or "" for part in parts)    # a thought has no "text"
-        text = text.encode("utf-8", "replace").decode()
+        text = text.encode("utf-8", "replace").decode()     # without lone surrogates
         reason = str(reason or "stop").lower()
-        usual = "stop", "end_turn", "stop_sequence", "eos", "eos_token"
-        complete = reason in usual and bool(text.strip())
+        complete = reason in ("stop", "end_turn", "stop_sequence", "eos", "eos_token")
         sent, got = (sum(int(float(count or 0)) for count in some) for some in counts)
-        return Answer(text, complete, reason, sent, got, data)
+        return Answer(text, complete and bool(text.strip()), reason, sent, got, data)
 
-    def http(self, path: str, body: dict | None, read: Callable) -> object:
-        """Return what read() makes of the server's JSON. Raises only Away or Stop."""
+    def http(self, path: str, body: dict | None, refusals: Container, read: Callable) -> object:
+        """Return what read() makes of the answer. Raises only Away, or Stop after a refusal."""
         local = re.match(r"https?://(localhost|127\.|\[::1)", self.url)
         try:
             response = requests.request(
@@ -944,31 +944,25 @@ class LLM:
                 auth=lambda request: request,   # else ~/.netrc would replace our header
                 proxies=dict.fromkeys(("http", "https", "all")) if local else None)
         except Exception as problem:    # requests lets errors of others through
-            reason = one_line(f"no answer from {self.url}: {problem}")
-            fatal = isinstance(problem, ValueError) and not self.answered   # a bad URL
-            raise (Stop(f"{reason} -> check --base-url") if fatal else Away(reason)) from None
+            raise Away(one_line(f"no answer from {self.url}: {problem}")) from None
         code, text = response.status_code, response.content.decode("utf-8-sig", "replace")
-        reason = f"HTTP {code} from {response.url}: {text}".replace(self.key or "\0", "KEY")
         failed = code >= 300 or re.search(r'"error"\s*:\s*(\{\s*"|"[^"])', text)
         with contextlib.suppress(Exception):    # the server may have sent anything
             data = json.loads(text)
             if not failed:
                 return read({"data": data} if isinstance(data, list) else data)
-        words = text[:2000].lower() if failed else ""   # a gateway may wrap a 429 in a 200
-        own = re.search(r'"(code|status)"\s*:\s*"?([45]\d\d)\b', words)
-        code = int(own[2]) if own and code not in (413, 429) else code
-        if re.search("rate.?limit|too.many.requests|overloaded|per min", words) and code != 413:
-            code = 429
-        if LONG.search(words) and code in (200, 400, 422, 500):   # max_tokens limits the reply
-            code = 413
-        # With --model, GET /models only checks the key: no other failure of it is fatal.
-        optional = not body and self.model and code not in (401, 403)
-        temporary = code >= 500 or code in (408, 413, 429) or (body and code < 300)
-        if temporary or optional or self.answered:  # after a good answer nothing is fatal
-            wait = re.match("[0-9]{0,6}", response.headers.get("Retry-After", ""))[0]
-            raise Away(one_line(reason), float("0" + wait), code == 413)
-        raise Stop(f"the LLM's server refuses: {one_line(reason)} -> "
-                   "check the API key, --model, --base-url")
+        # Servers name a failure in many ways: a 200 may hold a 429, or say "overloaded".
+        words = f"{code} {text[:2000].lower()}" if failed else ""
+        busy = re.search(r"\b(408|429|503)\b|rate.?limit|many.requests|overloaded|per min", words)
+        # An error with max_tokens is about the length of the reply, and not of the prompt.
+        long = re.search(r"(?s)context|^(?!.*max_).*(too (long|large)|\btokens\b)", words)
+        too_long = code == 413 or bool(long and not busy and code in (200, 400, 422, 500))
+        reason = f"HTTP {code} from {response.url}: {text}".replace(self.key or "\0", "KEY")
+        if code in refusals and not (busy or too_long or self.answered):
+            raise Stop(f"the LLM's server refuses: {one_line(reason)} -> "
+                       "check the API key, --model, --base-url")
+        wait = re.match("[0-9]{0,6}", response.headers.get("Retry-After", ""))[0]
+        raise Away(one_line(reason), float("0" + wait), too_long)
 
 
 class OpenAI:
@@ -1004,18 +998,18 @@ class Anthropic:
     headers = {"anthropic-version": "2023-06-01"}
 
     def body(self, model: str, prompt: list[str], chat: list[dict]) -> dict:
-        system, *parts = [{"type": "text", "text": text} for text in prompt if text]
+        system, *parts = [{"type": "text", "text": text} for text in prompt]
         mark = {"type": "ephemeral", "ttl": "1h"}   # the prompt is cached up to these marks
         system["cache_control"] = mark
-        parts[-2 if len(parts) > 1 else 0]["cache_control"] = mark
+        parts[-2]["cache_control"] = mark           # the last part differs each time
         chat[0]["content"] = parts
         return {"model": model, "system": [system], "messages": chat, "max_tokens": 32_000}
 
     def read(self, data: dict) -> tuple:
         usage = data.get("usage") or {}
         sent = ["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"]
-        return (data["content"], data.get("stop_reason"), [*map(usage.get, sent)],
-                [usage.get("output_tokens")])
+        counts = [*map(usage.get, sent)], [usage.get("output_tokens")]
+        return data["content"], data.get("stop_reason"), *counts
 
 
 # With keys of both set, the first is asked. A --base-url that fits no `own` gets the last.
@@ -1047,10 +1041,9 @@ BLOCK = re.compile(rf"(?m){MARK}<{{5}}.*\n{LINES}{MARK}={{5}}.*\n{LINES}{MARK}>{
 # From one fence to the next, except for fences inside a docstring.
 FENCED = re.compile(r"(?ms)^ *(```|~~~)[^\n]*\n((?>('''|\"\"\").*?\3|.)*?)(?=^ *\1)")
 THOUGHTS = r"[\w:]*(?:think|thought|reason)"
-TELLING = {"...", "…", "above", "before", "code", "else", "existing", "omitted",  # see left_out()
-           "remaining", "rest", "same", "unchanged", "untouched"}
-FILLER = {"all", "are", "as", "class", "everything", "file", "function", "in", "is", "method",
-          "methods", "of", "other", "others", "stay", "stays", "the"}
+# Words of comments that stand for code, such as "# the rest is unchanged".
+LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b(?:as above|as before|as is|as it was|code|existing|"
+                      r"no changes?|omitted|remain\w*|rest|same|unchanged|untouched)\b")
 
 
 def read_reply(reply: str, source: str) -> tuple[str, str, list[tuple[str, str]]]:
@@ -1060,24 +1053,24 @@ def read_reply(reply: str, source: str) -> tuple[str, str, list[tuple[str, str]]
     prose = BLOCK.sub("\0", text)
     files = {textwrap.dedent(code) for _, code, _ in FENCED.findall(prose)
              if re.search(r"(?ms)^ *(import|from) [^\n]*prepare.*^ *def train\(", code)}
+    proposals = [[(source, file)] for file in files] + ([blocks] if blocks else [])
     # between two blocks: "Alternatively:" or "## Option B"
     between = prose.partition("\0")[2].rpartition("\0")[0]
     choice = re.search(r"(?im)^[^a-z\n]*(description|or|option|alternative\w*)\b", between)
-    if choice or re.search("<{5}|>{5}", prose) or len(files) + bool(blocks) != 1:
+    if choice or re.search("<{5}|>{5}", prose) or len(proposals) != 1:
         raise Unusable(f"{len(blocks)} SEARCH blocks and {len(files)} fences with a whole "
                        "file: give one proposal, in the form asked for")
     # "DESCRIPTION: faster", "1. **Description** - faster", ...
     said = re.search(r"(?im)^[^a-z\n]*description[*_` ]*(?:[:：>=–—-]|$)\s*([^\0\n]+)", prose)
     why = re.split("\0|```", prose[said.end() if said else 0:])[0]
     name = one_line(said[1].strip("*_` ") if said else why, 120) or "no description"
-    return name, one_line(why, 500), blocks or [(source, file) for file in files]
+    return name, one_line(why, 500), proposals[0]
 
 
 def tidy(reply: str) -> str:
     """Return a reply without thoughts, HTML and tabs."""
-    text = reply.encode(errors="replace").decode()      # lone surrogates
-    # "</think>", "[/THINK]" or a channel of gpt-oss ends them; some have no end.
-    text = re.split(rf"(?i)[<\[◁]/{THOUGHTS}\w*\W|final<\|message\|>|assistantfinal", text)[-1]
+    # "</think>", "[/THINK]" or a channel of gpt-oss ends thoughts; some have no end.
+    text = re.split(rf"(?i)[<\[◁]/{THOUGHTS}\w*\W|final<\|message\|>|assistantfinal", reply)[-1]
     text = re.split(rf"(?im)^[<\[◁]{THOUGHTS}|analysis<\|message\|>", text)[0]
     text = html.unescape(text) if "&lt;&lt;&lt;" in text else text
     text = re.sub(r"(?<![ \t])[ \t]*((?<!\r)\r+\n|\r|\n)", "\n", text.replace("\xa0", " "))
@@ -1090,9 +1083,9 @@ def edited(source: str, blocks: list[tuple[str, str]]) -> str:
     # Blocks that overlap, or feed each other, give another text in reverse.
     if new != functools.reduce(replaced, blocks[::-1], source):
         raise Unusable("the order of the blocks makes a difference: make them one")
-    for search, replace in blocks:
-        for line in left_out(search, replace):
-            raise Unusable(f"write the code that this line stands for: {line}")
+    new_lines = set(new.split("\n")) - set(source.split("\n"))
+    if gaps := sorted(filter(stands_for_code, new_lines)):
+        raise Unusable(f"write the code that this line stands for: {gaps[0]}")
     if code_in(new) == code_in(source):
         raise Unusable("it changes nothing, or only comments")
     return new
@@ -1107,14 +1100,11 @@ def replaced(source: str, block: tuple[str, str]) -> str:
     alike = [i for i, place in enumerate(places) if code and code_of(place)[1] == code]
     found = [i for i, place in enumerate(places) if place == search] or alike
     if len(found) != 1 or not search:
-        near = difflib.get_close_matches(max(search.split("\n"), key=len)[:99], lines, 3, 0)
-        raise Unusable("\n".join([f"SEARCH fits at {len(found)} places beside the other blocks:",
-                                  search, "Most like it:", *near]))
-    indent_there = code_of(places[found[0]])[0]
-    if indent != indent_there:
-        if re.search(rf"(?m)^(?!{indent}|$)", replace):
-            raise Unusable(f"REPLACE is less indented than its SEARCH:\n{replace}")
-        replace = re.sub(rf"(?m)^{indent}(?=.)", indent_there, replace)
+        raise Unusable(f"SEARCH fits at {len(found)} places beside the other blocks:\n{search}")
+    there = code_of(places[found[0]])[0]
+    if indent != there and re.search(rf"(?m)^(?!{indent}|$)", replace):
+        raise Unusable(f"REPLACE is less indented than its SEARCH:\n{replace}")
+    replace = re.sub(rf"(?m)^{indent}(?=.)", there, replace)
     lines[found[0]:found[0] + n] = [replace] if replace else []
     return "\n".join(lines)
 
@@ -1122,22 +1112,15 @@ def replaced(source: str, block: tuple[str, str]) -> str:
 def code_of(text: str) -> tuple[str, str]:
     """Return the indentation of some code, and the code without comments and blanks."""
     code = re.sub(r"""(?m)("[^"\n]*"|'[^'\n]*'|^ +)|#.*|[^\S\n]+""", r"\1", text)
-    indent = re.search(r"(?m)^ *(?=\S)", code)
-    return indent[0] if indent else "", textwrap.dedent(code)
+    return re.search(r"(?m)^ *(?=\S)|\Z", code)[0], textwrap.dedent(code)
 
 
-def left_out(old: str, new: str) -> Iterator[str]:
-    """Yield each new line that stands for code: "...", "pass  # same", "# rest unchanged"."""
-    old_lines, new_lines = (re.findall(r"\S.*", text) for text in (old, new))
-    for line in dict.fromkeys(new_lines):
-        is_code = re.match(r"(?!pass\b)[^#]*\w", line)
-        words = re.findall(r"\w+|\.\.\.|…", line.lower().removeprefix("pass"))
-        told = [word for word in words if word in TELLING]
-        # One such word may describe code: "# all get the same learning rate".
-        only = {*words} <= TELLING | FILLER
-        stands_for_code = len(new_lines) <= len(old_lines) or only or len(told) > 1
-        if told and stands_for_code and not is_code and line not in old_lines:
-            yield line
+def stands_for_code(line: str) -> bool:
+    """Return True for lines such as "...", "pass  # as before", "# the rest is unchanged"."""
+    has_no_code = re.match(r"(pass\b)?[^\w#]*(#|$)", line.strip())
+    # In a longer sentence, one such word may describe code: "# all get the same learning rate".
+    enough = 1 if len(re.findall(r"\w+", line)) <= 5 else 2
+    return bool(has_no_code) and len(LEFT_OUT.findall(line)) >= enough
 
 
 def code_in(source: str) -> str:
@@ -1331,7 +1314,7 @@ def kept(experiments: list[Experiment]) -> list[Experiment]:
     return [exp for exp in experiments if exp.status == "keep"]
 
 
-def summary(judged: list, everything: Collection, confirmed: dict, budget: float) -> list[str]:
+def summary(judged: list, everything: Iterable, confirmed: dict, budget: float) -> list[str]:
     """Return the night in lines: the scores of baseline and incumbent, the gain, what it took."""
     counts = collections.Counter(exp.status for exp in judged if exp.number)
     minutes = sum(run["total_seconds"] for exp in judged for run in exp.runs) / 60

@@ -47,11 +47,13 @@ def client(server, monkeypatch):
     (answer(EDIT), True), (answer(PARTS), True), (answer(None, reasoning_content=EDIT), True),
     (answer(EDIT, None), True), ("\ufeff\n" + json.dumps(answer(EDIT)), True),
     *[(answer(EDIT, end), False) for end in ("length", "content_filter", "MAX_TOKENS")],
-    (answer(EDIT, "STOP"), True), (answer(" \n"), False), (answer(EDIT, refusal="no"), False),
+    (answer(EDIT, "STOP"), True), (answer(EDIT + "\ud83d"), True),
+    (answer(" \n"), False), (answer(EDIT, refusal="no"), False),
     (answer("") | {"choices": []}, False), (answer(EDIT) | {"error": None}, True)])
 def test_a_reply_is_read_in_whatever_form_it_comes_and_its_tokens_count(client, body, complete):
     got = client(200, body).ask(PROMPT, [])
-    assert got.complete is complete and (not complete or got.text == EDIT)
+    assert got.complete is complete
+    assert not complete or got.text in (EDIT, EDIT + "?")       # half a character becomes a "?"
     assert (got.input_tokens, got.output_tokens) == (100, 30)
 
 
@@ -74,14 +76,12 @@ def test_anthropic_is_asked_in_its_format_and_cached_tokens_count(client, server
     (400, "max_tokens: 32000 > 8192 output tokens", "stop"), (200, "no credits", "away"),
     (200, "context length exceeded", "long"), (500, "context size", "long"),
     (400, "9810 tokens do not fit in 8192", "long"), (413, "", "long"),
-    # An error's own code or type counts more than the response's code, and 429 is never too long.
+    # A busy server may say so in any code; only a 413 is about the prompt whatever it says.
     (200, {"code": 429, "message": "Rate limit reached: 40000 tokens"}, "away"),
     (400, {"code": "429", "message": "wait for the context"}, "away"),
-    (429, "6000 tokens in context", "away"), (400, {"code": 503}, "away"),
+    (429, "6000 tokens in context", "away"), (400, {"code": 503}, "away"), (408, "", "away"),
     (400, {"type": "rate_limit_error", "message": "too many tokens"}, "away"),
-    (429, {"code": 400, "message": "too many tokens"}, "away"), (413, {"code": 429}, "long"),
-    (200, "Limit of 40000 tokens per minute", "away"),
-    (200, {"code": 402, "message": "no credits"}, "stop"), (200, {"code": 413}, "long"),
+    (200, "Limit of 40000 tokens per minute", "away"), (200, {"code": 402}, "away"),
     (413, {"code": "rate_limit_exceeded", "message": "7100 tokens of 6000 a minute"}, "long")])
 def test_a_refusal_is_final_only_before_a_good_reply(client, server, code, error, kind, wire):
     words = error if isinstance(error, str) else error.get("message", "")
@@ -97,13 +97,13 @@ def test_a_refusal_is_final_only_before_a_good_reply(client, server, code, error
             assert caught.value.too_long is (kind == "long") and caught.value.wait == 7
 
 
-@pytest.mark.parametrize("code, kind", [(429, ar.Away), (402, ar.Stop), (None, ar.Away)])
-def test_an_error_within_a_choice_is_no_reply(client, code, kind):
+@pytest.mark.parametrize("code, too_long", [(429, False), (None, True)])
+def test_an_error_within_a_choice_is_no_reply(client, code, too_long):
     body = answer(EDIT, "error")
     body["choices"][0]["error"] = {"code": code, "message": "40000 tokens in context"}
-    with pytest.raises(kind) as caught:
+    with pytest.raises(ar.Away) as caught:
         client(200, body).ask(PROMPT, [])
-    assert kind is ar.Stop or caught.value.too_long is (code is None)
+    assert caught.value.too_long is too_long
 
 
 @pytest.mark.parametrize("header, seconds", [
@@ -151,9 +151,7 @@ def test_a_model_is_looked_for_until_the_server_is_there(client, server, monkeyp
     assert llm.ask(PROMPT, []).complete and llm.model == "scripted"
 
 
-def test_a_local_server_is_asked_without_proxy_and_netrc(client, server, tmp_path, monkeypatch):
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_a_local_server_is_asked_without_a_proxy(client, server, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert client(200, answer(EDIT)).ask(PROMPT, []).complete
     _, headers, sent = server.requests[0]
@@ -162,11 +160,10 @@ def test_a_local_server_is_asked_without_proxy_and_netrc(client, server, tmp_pat
         "the rules", "the incumbentthe historywhat holds now"]
 
 
-@pytest.mark.parametrize("url, kind, why", [
-    ("http://127.0.0.1:9/v1", ar.Away, "Connection refused"),
-    ("localhost:9/v1", ar.Stop, "No connection adapters")])
-def test_a_connection_that_fails_says_why(url, kind, why):
-    with pytest.raises(kind, match=why):
+@pytest.mark.parametrize("url, why", [
+    ("http://127.0.0.1:9/v1", "Connection refused"), ("http:///v1", "Invalid URL")])
+def test_a_connection_that_fails_says_why(url, why):
+    with pytest.raises(ar.Away, match=why):
         ar.LLM(url, "m").ask(PROMPT, [])
 
 
@@ -174,10 +171,12 @@ def test_a_connection_that_fails_says_why(url, kind, why):
     ("http://x/v1/chat/completions/", "http://x/v1"), (" http://x/v1//\n", "http://x/v1"),
     ("http://x/anthropic", "http://x/anthropic/v1"), ("http://x/v1/messages", "http://x/v1"),
     ("https://api.anthropic.com", "https://api.anthropic.com/v1"),
-    ("http://me:secret@x/v1", "http://x/v1"), ("me:secret@x/v1", "me:x/v1")])
+    ("http://me:secret@x/v1", "http://x/v1"), ("http://x/a@b", "http://x/a@b")])
 def test_a_base_url_is_taken_in_its_usual_forms_and_without_its_password(base, url, monkeypatch):
     set_only(monkeypatch)
     assert ar.LLM(base, "m").url == url
+    with pytest.raises(ar.Stop, match="has to begin with http"):
+        ar.LLM(base.replace("http", ""), "m")
 
 
 OAI, ANT = {"OPENAI_API_KEY": "o"}, {"ANTHROPIC_API_KEY": "a"}
@@ -216,9 +215,6 @@ def test_what_was_set_decides_who_is_asked(variables, base_url, model, expected,
 def test_nothing_is_asked_if_nothing_is_set(monkeypatch):
     set_only(monkeypatch, OPENAI_API_KEY="", ANTHROPIC_BASE_URL="")
     assert ar.find_format(None) is None and ar.find_format("http://x") is not None
-    for name in ar.CONNECT.removesuffix(" or --base-url").split(", "):
-        set_only(monkeypatch, **{name: "key"})
-        assert ar.find_format(None)
 
 
 def test_the_first_line_says_who_is_asked_by_which_variable_and_that_it_costs(monkeypatch):

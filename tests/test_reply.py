@@ -72,7 +72,12 @@ def test_an_edit_is_found_in_whatever_it_is_wrapped(reply):
     (CLEAN + BLOCKS.replace("0.03", "0.04"), "other blocks"),
     (CLEAN.replace("return x * 2", f"pass\n{LR_LINE}"), "at 2 places"),
     (HEAD + INSERTS + INSERTS.replace("A =", "B ="), "order"),
-    (CLEAN.replace("E\n\n<", "E\n\nAlternatively:\n\n<"), "one proposal")])
+    # A part of a proposal is not taken for all of it, and one of two is not chosen.
+    (CLEAN.replace("E\n\n<", "E\n\nAlternatively:\n\n<"), "one proposal"),
+    (CLEAN.replace("E\n\n<", "E\n\n2. Option\n\n<"), "one proposal"),
+    (CLEAN.replace("<<<<<<< S", "> <<<<<<< S", 1), "one proposal"),
+    (f"{HEAD}```python\n{EDITED}", "one proposal"),
+    (f"{HEAD}```python\n{EDITED[EDITED.index('class'):]}```\n", "one proposal")])
 def test_an_unclear_reply_is_sent_back(reply, reason):
     with pytest.raises(ar.Unusable, match=reason):
         ar.apply_reply(reply, SOURCE)
@@ -101,20 +106,9 @@ def test_what_python_cannot_read_or_write_is_sent_back(value):
         ar.apply_reply(edit(LR_LINE, f"LR = {value}"), SOURCE)
 
 
-def test_many_elifs_are_only_long():
-    many = "LR = 0\nif LR == 1:\n    LR = 2\n" + "elif LR == 1:\n    LR = 2\n" * 400
-    assert many in ar.apply_reply(edit(LR_LINE, many), SOURCE)[1]
-
-
 def test_a_file_that_is_not_utf_8_is_refused():
     with pytest.raises(ar.Unusable, match="does not parse: 'utf-8' codec"):
         ar.apply_reply(CLEAN, SOURCE.replace("# channels", "# gr\udcf6\udcdfe"))
-
-
-def test_a_lone_surrogate_in_a_reply_is_replaced():
-    reply = CLEAN.replace("# of each weight\n>", "# gr\udcf6\ud83d\n>").replace("slow", "\ud83d")
-    assert "# gr??\n" in ar.apply_reply(reply, SOURCE)[1]
-    ar.read_reply(reply, SOURCE)[1].encode()
 
 
 @pytest.mark.parametrize("piece", [
@@ -134,7 +128,7 @@ OLD = "        x = x + self.up(x)      # up\n        return x"
 
 @pytest.mark.parametrize("comment", [
     "# all tables get the same learning rate", "# the residual stream is left unchanged",
-    "# as before, but squared", "# the rest of the channels pass through",
+    "# the bias as before, but with the squares", "# the rest of the channels pass through",
     "# the bias is 0, 1, 2, ...", "# see above: the other half"])
 def test_a_comment_that_describes_code_is_no_gap(comment):
     new = f"        {comment}\n        x = x + self.up(x)      # up\n        return x * 2"
@@ -154,14 +148,6 @@ def test_a_line_that_stands_for_code_is_sent_back(line):
         ar.apply_reply(f"{HEAD}```python\n{file}```\n", SOURCE)
 
 
-def test_a_helper_may_become_a_method_or_an_import_of_the_same_name():
-    source = SOURCE.replace("class", "def norm(x):\n    return x\n\n\nclass")
-    method = "class Model:\n    def norm(self, x):\n        return self.norm(x)\n\n"
-    for new in (method, "from math import exp as norm\n\n\nclass Model:\n    one = norm(0)\n\n"):
-        reply = edit("def norm(x):\n    return x\n\n\nclass Model:", new.strip("\n"))
-        assert "norm" in ar.apply_reply(reply, source)[1]
-
-
 def test_a_search_with_a_blank_line_for_a_comment_keeps_the_depth():
     source = SOURCE.replace("        x = x", "\n        x = x")
     reply = edit("    # add\n    x = x + self.up(x)", "    x = x + 2 * self.up(x)")
@@ -171,14 +157,6 @@ def test_a_search_with_a_blank_line_for_a_comment_keeps_the_depth():
 def test_a_fence_inside_a_docstring_does_not_end_the_file():
     file = f'"""A model.\n\n```\npython train.py\n```\n"""\n{EDITED}'
     assert ar.apply_reply(f"{HEAD}```python\n{file}```\n", SOURCE)[1] == file
-
-
-@pytest.mark.parametrize("reply", [
-    f"{HEAD}```python\n{EDITED}", f"{HEAD}```python\n{EDITED[EDITED.index('class'):]}```\n",
-    CLEAN.replace("<<<<<<< S", "> <<<<<<< S", 1), CLEAN.replace("E\n\n<", "E\n\n2. Option\n\n<")])
-def test_a_part_of_a_proposal_is_never_taken_for_all_of_it(reply):
-    with pytest.raises(ar.Unusable, match="one proposal"):
-        ar.apply_reply(reply, SOURCE)
 
 
 def test_without_a_description_the_first_words_name_it_and_the_idea_is_kept():
