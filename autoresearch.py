@@ -696,7 +696,8 @@ lines to stand in their place
 As many such blocks as needed. Each SEARCH must match the incumbent exactly once: copy enough whole
 lines to be unique, and no more. Another change may be kept before yours runs; your edit is then
 applied to that incumbent. So have `NAME = number` lines in a SEARCH only to change them, and define
-new names beside their use. For a rewrite, give the whole new file in one ```python fence.
+new names beside their use. For a rewrite, give the whole new file in one ```python fence; if another
+change is kept before it runs, you are asked to write it again.
 
 The person you work for says:
 """

@@ -151,7 +151,9 @@ def test_a_model_is_looked_for_until_the_server_is_there(client, server, monkeyp
     assert llm.ask(PROMPT, []).complete and llm.model == "scripted"
 
 
-def test_a_local_server_is_asked_without_a_proxy(client, server, monkeypatch):
+def test_a_local_server_is_asked_without_proxy_and_netrc(client, server, tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert client(200, answer(EDIT)).ask(PROMPT, []).complete
     _, headers, sent = server.requests[0]
