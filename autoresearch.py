@@ -134,7 +134,7 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
     if not candidate:
         return "again"
     gain = score(incumbent) - score(candidate)
-    needed = margin(len(candidate), len(incumbent), noise) if longer else 0.0
+    needed = WIN * standard_error(len(candidate), len(incumbent), noise) if longer else 0.0
     if gain > 0 and gain >= needed:     # a gain that is not a number ends as a discard
         return "keep" if len(candidate) >= RUNS else "again"
     return "discard"
@@ -295,7 +295,7 @@ class Lab:
         if not self.away:
             say(f"LLM: {absence.reason}; it is asked again at times, and the search fills in")
         self.away = True
-        self.pause = max(longer_pause(self.pause), min(absence.wait, LONGEST_PAUSE))
+        self.pause = min(max(2 * self.pause + 0.25, absence.wait), LONGEST_PAUSE)
 
     @contextlib.asynccontextmanager
     async def accelerator(self, exp: Experiment) -> AsyncIterator[int]:
@@ -393,7 +393,7 @@ class Lab:
                 await self.train(best, gpu, best.runs)
                 return pause == 0
             except Unusable as problem:
-                pause = longer_pause(pause)
+                pause = min(2 * pause + 0.25, LONGEST_PAUSE)
                 say(f"the machine is in trouble: the incumbent does not run either "
                     f"({problem}); it is tried again in {pause:g} s")
                 await asyncio.sleep(pause)
@@ -462,7 +462,7 @@ class Lab:
         exp.source, exp.fingerprint, exp.runs = "", "", []
         exp.save()
         self.active.remove(exp)         # now it waits, and a worker of the LLM takes it again
-        self.pause = longer_pause(self.pause)
+        self.pause = min(2 * self.pause + 0.25, LONGEST_PAUSE)
         say(f"#{exp.number} goes back to the LLM in {self.pause:g} s: {one_line(reason, 100)}")
 
     # From the start of a night to its summary
@@ -593,11 +593,6 @@ async def in_thread(call: Callable, *args: object) -> object:
     return await asyncio.wrap_future(future)
 
 
-def longer_pause(pause: float) -> float:
-    """Return the next pause, in seconds, after another failure: 0.25, 0.5, 1, 2, ..."""
-    return min(LONGEST_PAUSE, 2 * pause) if pause else 0.25
-
-
 def program_of(source: str) -> tuple[str, int]:
     """Return the fingerprint of a train.py, and its lines of code. Raises Unusable."""
     code = code_in(source)
@@ -639,13 +634,9 @@ RULE = (f"A change is kept if it is better after each of {RUNS} runs, on differe
 
 def margins_now(n: int, noise: float) -> str:
     """Return in English what longer code has to gain now, against an incumbent of n runs."""
-    margins = [f"{margin(k, n, noise):.4f} after run {k}" for k in range(1, RUNS + 1)]
+    margins = [f"{WIN * standard_error(k, n, noise):.4f} after run {k}"
+               for k in range(1, RUNS + 1)]
     return f"Longer code has to win by {' and '.join(margins)}."
-
-
-def margin(k: int, n: int, noise: float) -> float:
-    """Return the gain that longer code needs after k runs, against an incumbent of n runs."""
-    return WIN * standard_error(k, n, noise)
 
 
 def standard_error(k: int, n: int, noise: float) -> float:
@@ -655,7 +646,7 @@ def standard_error(k: int, n: int, noise: float) -> float:
 
 def judge_version() -> str:
     """Return a hash of all that decides a verdict: no ledger goes on under another judge."""
-    code = map(inspect.getsource, (score, judge, margin, standard_error, noise_of, pooled_noise))
+    code = map(inspect.getsource, (score, judge, standard_error, noise_of, pooled_noise))
     text = "".join([*code, str((RUNS, WIN, BASELINE_RUNS, NOISE_PROGRAMS))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -696,8 +687,8 @@ lines to stand in their place
 As many such blocks as needed. Each SEARCH must match the incumbent exactly once: copy enough whole
 lines to be unique, and no more. Another change may be kept before yours runs; your edit is then
 applied to that incumbent. So have `NAME = number` lines in a SEARCH only to change them, and define
-new names beside their use. For a rewrite, give the whole new file in one ```python fence; if another
-change is kept before it runs, you are asked to write it again.
+new names beside their use. For a rewrite, give the whole new file in one ```python fence; you are
+asked for it again if another change is kept before it runs.
 
 The person you work for says:
 """
@@ -725,18 +716,13 @@ def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
         if other is not exp and (other.description or other.by == "llm"):
             what = other.description or "being written from this same text: go another way"
             now += f"In progress: #{other.number}: {what}\n"
-    lab.program = read_program() or lab.program
+    data = PROGRAM.read_bytes() if PROGRAM.exists() else b""    # none while an editor replaces it
+    code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    lab.program = data.decode(code, "replace") or lab.program
     if not lab.program:
         raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
     rules = RULES.format(lab.conditions.get("contract", ""))
     return [rules + lab.program, begin, *past, now + "Propose the next experiment."]
-
-
-def read_program() -> str:
-    """Return program.md; "" if there is nothing to read, as while an editor replaces it."""
-    data = PROGRAM.read_bytes() if PROGRAM.exists() else b""
-    is_utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    return data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
 
 
 def told(exp: Experiment) -> str:

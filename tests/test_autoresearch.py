@@ -689,13 +689,17 @@ def test_an_experiment_that_cannot_be_read_keeps_its_number_and_its_folder(measu
     assert [row["experiment"] for row in consistent(measured)] == ["0", "9"]
 
 
-def test_a_program_md_in_utf_16_is_read_and_one_that_is_being_replaced_does_no_harm(monkeypatch,
-                                                                                  tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert ar.read_program() == ""
-    for code in "utf-8", "utf-8-sig", "utf-16":
-        (tmp_path / "program.md").write_text("Wärmer", code)
-        assert ar.read_program() == "Wärmer"
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_program_md_of_any_editor_is_read_and_its_absence_does_no_harm(measured, llm, code):
+    def removes_it(handler):
+        (measured.folder / "program.md").unlink()
+        handler.reply("no proposal")
+
+    (measured.folder / "program.md").write_text("Wärmer", code)
+    server = llm([removes_it, BETTER])
+    measured.drive("--experiments", 1, "--base-url", server.url)
+    assert len(server.requests) > 1
+    assert {body["messages"][0]["content"][-7:] for _, _, body in server.requests} == {"\nWärmer"}
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&1 | true", "> /dev/full"])
@@ -885,7 +889,7 @@ def test_a_run_that_did_not_start_says_nothing_about_its_candidate(measured, llm
 def test_runs_that_never_start_are_tried_again_ever_less_often_and_make_no_row(measured):
     with measured.start("--researcher", "search", "--launch", "sh -c 'kill -9 $$'") as driver:
         said = iter(driver.stdout.readline, "")
-        trouble = next(line for line in said if "it is tried again in 0.5 s" in line)
+        trouble = next(line for line in said if "it is tried again in 0.75 s" in line)
         driver.send_signal(signal.SIGINT)
     assert "the machine is in trouble" in trouble and "by signal 9 (out of memory?)" in trouble
     assert len(consistent(measured)) == 1
