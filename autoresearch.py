@@ -55,24 +55,26 @@ from statistics import fmean
 
 import requests
 
+if sys.version_info < (3, 11):
+    raise SystemExit(f"autoresearch.py: Python 3.11 or newer is needed, this is {sys.version[:6]}")
 try:
     import fcntl
 except ImportError:
     raise SystemExit("autoresearch.py: Windows has no fcntl: start it inside WSL2") from None
 
 RUNS = 2                # runs of a candidate; its score has to be better after each of them
-WIN = 1.0               # and, if its code is longer, by so many standard errors
+WIN = 1.0               # standard errors by which longer code has to win
 BASELINE_RUNS = 3       # runs of the baseline, which give the first estimate of the noise
-NOISE_PROGRAMS = 6      # the noise is pooled over so many of the newest programs that ran twice
-RECHECK = 8             # after so many discards in a row the incumbent runs once more
-CRASHES = 3             # after so many in a row the incumbent runs, to test the machine
+NOISE_PROGRAMS = 6      # the noise is pooled over this many of the newest programs that ran twice
+RECHECK = 8             # after this many discards in a row the incumbent runs once more
+CRASHES = 3             # after this many in a row the incumbent runs, to test the machine
 IDLE_SHARE = 0.2        # the search gets an accelerator that is idle for this share of the budget
 RETURNS = 2             # how often a proposal may go back to the LLM, with what was wrong
 HISTORY = 100           # the newest experiments that a prompt tells of; it tells of all keeps
 
 # ---- 1  An experiment, and the judge ------------------------------------------------------------
 
-@dataclass(eq=False)    # no two experiments are equal, so that they can be keys of a dict
+@dataclass(eq=False)    # compared by identity, so that they can be keys of a dict
 class Experiment:
     """One candidate and all that was done with it. runs/NNNN/experiment.json is exactly this."""
 
@@ -87,11 +89,11 @@ class Experiment:
     runs: list[dict] = field(default_factory=list)  # prepare.py's report of each run with a score
     status: str = ""            # "keep", "discard" or "crash"; "" until it is judged
     reason: str = ""            # why it has this status
-    place: int = 0              # 1 for the first verdict, 2 for the second, ...; 0: none yet
-    counted: int = 0            # the verdict rests on so many runs; the incumbent may get more
+    place: int = 0              # its verdict was the first, second, ...; 0: it has none
+    counted: int = 0            # the verdict rests on this many runs; the incumbent may get more
     commit: str = ""            # git's name of a kept change
     finished: str = ""          # when it was judged
-    fresh: dict[str, list[dict]] = field(default_factory=dict)  # --confirm: "#7 at 60 s" -> runs
+    fresh: dict[str, list[dict]] = field(default_factory=dict)  # of --confirm, by "#7 at 60 s"
     turns: list[str] = field(default_factory=list)  # the LLM's reply, our complaint, a reply, ...
     tries: int = 0              # runs that began; this numbers the logs and the seeds
     ended: int = 0              # runs that ended; in tries - ended of them the driver died
@@ -115,9 +117,9 @@ class Experiment:
         write_whole(self.folder / "experiment.json", vars(self))
 
 
-def score(runs: list[float]) -> float:
+def score(scores: list[float]) -> float:
     """Return what the judge compares: the mean of a program's val_bpb over its runs."""
-    return fmean(runs) if runs else math.nan
+    return fmean(scores) if scores else math.nan
 
 
 def judge(candidate: list[float], incumbent: list[float], noise: float, longer: bool) -> str:
@@ -171,9 +173,9 @@ class Lab:
     #    overtake each other.
     # 2. A worker holds an accelerator only inside `async with self.accelerator(...)`, and asks the
     #    LLM only outside. So an endpoint that hangs holds up neither an accelerator nor the exit.
-    # 3. A candidate is judged only against the incumbent that it changes. If that is another one
-    #    by then, it is built again on the new one. Its runs count on only if its text stays the
-    #    same, as that of a person's edit does.
+    # 3. A candidate is judged only against the incumbent that it changes. If another one was kept
+    #    meanwhile, it is built again on that, and its runs count only if its text stays the same,
+    #    as that of a person's edit does.
     # 4. A keep is written in this order: a person's edit, train.py, the commit, experiment.json
     #    with the status, the row. After a kill, the next start judges the saved runs again.
 
@@ -189,19 +191,18 @@ class Lab:
         self.confirmed = read_json(CONFIRMED)           # budget -> what --confirm measured
         self.left = math.inf                            # experiments still to be recorded
         self.discards = 0                               # in a row, since the incumbent last ran
-        self.crashes = 0                                # in a row
+        self.crashes = collections.Counter()            # gpu -> crashes in a row
         self.free: dict[int, float] = {}                # gpu -> since when it is free
         self.live: dict[int, str] = {}                  # gpu -> how far its run is
         self.program = ""                               # the last program.md that could be read
-        self.history = HISTORY                          # experiments that fit into a prompt
+        self.history = HISTORY                          # so many experiments fit into a prompt
         self.tokens = 0                                 # in and out, in this start
         self.away = False                               # True while the LLM gives no answer
         self.pause = 0.0                                # seconds before the next request
 
     @property
     def incumbent(self) -> Experiment:
-        kept = [exp for exp in self.judged if exp.status == "keep"]
-        return kept[-1] if kept else self.experiments[0]
+        return (kept(self.judged) or [self.experiments[0]])[-1]
 
     @property
     def waiting(self) -> list[Experiment]:
@@ -218,7 +219,7 @@ class Lab:
             return None         # no more drafts at a time than experiments that are left
         mine = [exp for exp in self.waiting
                 if exp.by in (by, "human")                  # any worker takes a person's edit
-                or (exp.source and not self.llm)]           # or a draft that an LLM has left
+                or (exp.source and not self.llm)]           # or, without an LLM, its finished draft
         mine.sort(key=lambda exp: exp.by != "human")    # a person's edit is the first in line
         exp = mine[0] if mine else self.new_experiment(by)
         self.active.append(exp)
@@ -236,7 +237,7 @@ class Lab:
         source = read(TRAIN) if TRAIN.exists() else ""
         if source == best.source or not source.strip():     # empty while an editor writes it
             return
-        with contextlib.suppress(Unusable):    # what does not parse is an experiment too
+        with contextlib.suppress(Unusable):     # a file that does not parse goes on below
             fingerprint, code_lines = program_of(source)
             if fingerprint == best.fingerprint:
                 best.source, best.code_lines = source, code_lines
@@ -251,7 +252,7 @@ class Lab:
     async def propose(self, exp: Experiment):
         """Have the LLM write a reply that fits the incumbent. Others need no reply."""
         if exp.by == "llm":
-            while len(exp.turns) % 2 == 0:      # the last one is a complaint, or there is none
+            while len(exp.turns) % 2 == 0:      # until its last turn is a reply
                 await self.ask(exp)
             self.build(exp)     # finds a misfit before it takes an accelerator; built again there
 
@@ -265,7 +266,7 @@ class Lab:
         try:
             answer = await in_thread(llm.ask, prompt, exp.turns)
         except Away as absence:
-            return self.wait_for_llm(exp, absence)
+            return self.note_absence(exp, absence)
         # The reply was paid for, so it is saved at once.
         write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
         write_whole(exp.folder / f"response-{exp.calls}.json", answer.raw)
@@ -285,7 +286,7 @@ class Lab:
         if not answer.complete:
             raise Unusable(f"the reply is not complete ({answer.finish_reason}): be brief")
 
-    def wait_for_llm(self, exp: Experiment, absence: Away):
+    def note_absence(self, exp: Experiment, absence: Away):
         """Shorten a prompt that was too long; else wait longer before the next request."""
         if absence.too_long and self.history > 1:
             self.history //= 2
@@ -332,7 +333,7 @@ class Lab:
         if exp.by == "llm":
             exp.description, exp.why, blocks = read_reply(exp.turns[-1], best.source)
             source = edited(best.source, blocks)
-            if source == exp.source:    # a rewrite of the old incumbent would undo newer keeps
+            if source == exp.source:    # a whole file of the old incumbent would undo newer keeps
                 raise Unusable("a whole file, but the incumbent has changed since you wrote it")
         if exp.by == "search":
             rng = random.Random(f"{exp.number} {best.fingerprint}")
@@ -372,21 +373,21 @@ class Lab:
         try:
             await self.train(exp, gpu, exp.runs)
         except Unusable as crash:
-            self.crashes += 1
-            if crash.started and self.crashes < CRASHES:
+            self.crashes[gpu] += 1
+            if crash.started and self.crashes[gpu] < CRASHES:
                 raise
             machine_is_fine = await self.run_incumbent(gpu, str(crash))
             if crash.started and machine_is_fine:
                 raise
             return              # exp is not to blame, so it is tried again
-        self.crashes = 0
+        self.crashes[gpu] = 0
         if exp.by == "llm":
-            self.pause = 0.0
+            self.pause = 0.0        # its reply could be trained, so it is asked at full speed
 
     async def run_incumbent(self, gpu: int, why: str) -> bool:
         """Run the incumbent until it gets a score. False: only after failures of the machine."""
         best, pause = self.incumbent, 0.0
-        self.discards = self.crashes = 0
+        self.discards = self.crashes[gpu] = 0
         say(f"#{best.number}, the incumbent, runs once more: {why}")
         while True:
             try:
@@ -398,8 +399,8 @@ class Lab:
                     f"({problem}); it is tried again in {pause:g} s")
                 await asyncio.sleep(pause)
 
-    async def train(self, exp: Experiment, gpu: int, reports: list[dict]):
-        """Train exp on a seed of its own, and append the report to `reports`. Raises Unusable."""
+    async def train(self, exp: Experiment, gpu: int, runs: list[dict]):
+        """Train exp on a seed of its own, and append the report to `runs`. Raises Unusable."""
         k, exp.tries = exp.tries, exp.tries + 1
         exp.save()              # the run counts before it begins, since it may kill the driver
         command = [*self.args.launch, sys.executable, "prepare.py", "--folder", self.args.folder,
@@ -417,7 +418,7 @@ class Lab:
         on_event({"event": "starts"}, "")
         patience = math.inf if self.args.launch else START_LIMIT    # a launcher may queue the run
         try:
-            reports.append(await run_command(
+            runs.append(await run_command(
                 [*map(str, command)], exp.folder / f"run-{k}.log",
                 run_environment(**self.args.env[gpu]), patience, on_event))
         finally:                # also if the run is cancelled
@@ -425,7 +426,7 @@ class Lab:
             exp.save()
 
     def record(self, exp: Experiment, status: str, reason: str):
-        """Make a verdict last. After a kill before exp is saved, it is judged again."""
+        """Make a verdict durable. After a kill before exp is saved, it is judged again."""
         if self.left <= 0:
             raise Enough                # the next start judges it
         self.save_edit()                # before train.py is written over
@@ -443,7 +444,7 @@ class Lab:
         if status != "crash":
             self.discards = self.discards + 1 if status == "discard" else 0
         self.draw()
-        say(verdict(exp))
+        say(line_of(exp))
 
     def draw(self):
         write_whole(PLOT, progress_svg(self.judged, self.confirmed,
@@ -469,8 +470,7 @@ class Lab:
 
     async def night(self):
         """Research until there is enough of it, something fails, or somebody stops it."""
-        lock_folder()
-        if self.conditions:     # only a run knows all of them; these two are known now
+        if self.conditions:     # judge and budget are known before a run, which tells the rest
             budget = self.args.budget or self.conditions["budget"]
             self.check_conditions(self.conditions | {"budget": budget})
         self.recover()
@@ -550,13 +550,13 @@ class Lab:
         fresh = {exp: exp.fresh.setdefault(name, []) for exp in (base, best)}
         say(f"confirm     #0 and #{best.number}, {n} runs of {budget:g} s each")
         # They run in turns, so that a machine that slows down slows both.
-        await self.train_all([(exp, reports) for i in range(n) for exp, reports in fresh.items()
-                              if i >= len(reports)])        # others are left of an earlier start
+        await self.train_all([(exp, runs) for i in range(n) for exp, runs in fresh.items()
+                              if i >= len(runs)])       # an earlier start did the others
         before, after = fresh.values()
         result = {"budget": budget, "incumbent": best.number, "n": min(len(before), len(after)),
                   "baseline_runs": before, "incumbent_runs": after}
         for metric, prefix in ("val_bpb", ""), ("test_bpb", "test_"):
-            a, b = ([run[metric] for run in reports] for reports in (before, after))
+            a, b = ([run[metric] for run in runs] for runs in (before, after))
             noise = pooled_noise([a, b]) or noise_of(self.judged)   # one run each shows no noise
             result[f"{prefix}gain"] = score(a) - score(b)
             result[f"{prefix}error"] = standard_error(len(a), len(b), noise)
@@ -571,9 +571,9 @@ class Lab:
         remaining = iter(todo)
 
         async def worker():
-            for exp, reports in remaining:      # each worker takes the next one
+            for exp, runs in remaining:      # each worker takes the next one
                 async with self.accelerator(exp) as gpu:
-                    await self.train(exp, gpu, reports)
+                    await self.train(exp, gpu, runs)
 
         await asyncio.gather(*(worker() for _ in range(self.args.workers)))
 
@@ -645,7 +645,7 @@ def standard_error(k: int, n: int, noise: float) -> float:
 
 
 def judge_version() -> str:
-    """Return a hash of all that decides a verdict: no ledger goes on under another judge."""
+    """Return a hash of what decides a verdict: another judge needs a new ledger."""
     code = map(inspect.getsource, (score, judge, standard_error, noise_of, pooled_noise))
     text = "".join([*code, str((RUNS, WIN, BASELINE_RUNS, NOISE_PROGRAMS))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -705,14 +705,14 @@ def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
              f"```python\n{best.source.rstrip()}\n```\n\n"
              f"# History, oldest first: number, verdict, val_bpb (0 for a crash), who: "
              f"what | gain over the incumbent at that time; what its first run did\n")
-    past = [told(past) for i, past in enumerate(lab.judged)
-            if past.status == "keep" or i >= len(lab.judged) - lab.history]
+    past = [told(old) for i, old in enumerate(lab.judged)
+            if old.status == "keep" or i >= len(lab.judged) - lab.history]
     scores = ", ".join(f"{bpb:.4f}" for bpb in best.scores)
     noise = noise_of(lab.judged)
     now = (f"\n# Now\nThe incumbent has {score(best.scores):.4f}, from runs with {scores}. Its "
            f"newest run: {what_it_did(best.runs[-1])}. Noise between seeds: {noise:.4f}. "
            f"{margins_now(len(best.scores), noise)}\n")
-    for other in lab.active:        # a search has no description until it runs
+    for other in lab.active:        # a search that is not built yet has no description
         if other is not exp and (other.description or other.by == "llm"):
             what = other.description or "being written from this same text: go another way"
             now += f"In progress: #{other.number}: {what}\n"
@@ -777,12 +777,12 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
             if cause:
                 break
             # The candidate does not know the key, so what follows the key is from prepare.py.
-            words, _, told = line.partition(key.encode())
+            words, _, payload = line.partition(key.encode())
             if words.strip():
                 file.write(words + b"\n")
                 printed.append(one_line(str(words, "utf-8", "replace"), 200))
             try:
-                event = json.loads(told)
+                event = json.loads(payload)
             except ValueError:      # there is no event, or a launcher damaged it
                 continue
             if "limit" in event:
@@ -872,7 +872,7 @@ class LLM:
     def __init__(self, base_url: str | None, model: str | None):
         self.format = form = find_format(base_url, model)
         url_from = "--base-url" if base_url else next(filter(os.environ.get, form.urls), "")
-        key_from = next(filter(os.environ.get, reversed(form.keys)), "")    # a token first
+        key_from = next(filter(os.environ.get, reversed(form.keys)), "")    # the token first
         url = (base_url or os.environ.get(url_from, form.home)).strip("\"' \n/")
         if not re.match("https?://", url):
             raise Stop(f"{url_from} has to begin with http:// or https://")
@@ -941,7 +941,7 @@ class LLM:
         # Servers name a failure in many ways: a 200 may hold a 429, or say "overloaded".
         words = f"{code} {text[:2000].lower()}" if failed else ""
         busy = re.search(r"\b(408|429|503)\b|rate.?limit|many.requests|overloaded|per min", words)
-        # An error with max_tokens is about the length of the reply, and not of the prompt.
+        # "max_tokens is too large" is about the length of the reply, and not of the prompt.
         long = re.search(r"(?s)context|^(?!.*max_).*(too (long|large)|\btokens\b)", words)
         too_long = code == 413 or bool(long and not busy and code in (200, 400, 422, 500))
         reason = f"HTTP {code} from {response.url}: {text}".replace(self.key or "\0", "KEY")
@@ -957,7 +957,7 @@ class OpenAI:
 
     home, version, path = "https://api.openai.com/v1", "", "/chat/completions"
     model = "gpt-5.5"                       # the default, by OpenAI's deprecations, 2026-11-25
-    own = r"^(ft:)?(gpt-\d|chatgpt|o\d)"    # names and URLs of this format alone
+    own = r"^(ft:)?(gpt-\d|chatgpt|o\d)"    # models and URLs that only this format has
     urls = "OPENAI_BASE_URL", "OPENAI_API_BASE"          # environment variables
     keys = {"OPENAI_API_KEY": "Authorization: Bearer "}  # and how each is sent
     headers = {}
@@ -1055,7 +1055,7 @@ def read_reply(reply: str, source: str) -> tuple[str, str, list[tuple[str, str]]
 
 
 def tidy(reply: str) -> str:
-    """Return a reply without thoughts, HTML and tabs."""
+    """Return a reply without thoughts, HTML, tabs, and blanks at the ends of lines."""
     # "</think>", "[/THINK]" or a channel of gpt-oss ends thoughts; some have no end.
     text = re.split(rf"(?i)[<\[◁]/{THOUGHTS}\w*\W|final<\|message\|>|assistantfinal", reply)[-1]
     text = re.split(rf"(?im)^[<\[◁]{THOUGHTS}|analysis<\|message\|>", text)[0]
@@ -1083,20 +1083,21 @@ def replaced(source: str, block: tuple[str, str]) -> str:
     search, replace = (part.strip("\n") for part in block)
     lines, n = source.split("\n"), search.count("\n") + 1
     places = ["\n".join(lines[i:i + n]) for i in range(len(lines) - n + 1)]
-    indent, code = code_of(search)
-    alike = [i for i, place in enumerate(places) if code and code_of(place)[1] == code]
+    indent, code = indent_and_code(search)
+    alike = [i for i, place in enumerate(places) if code and indent_and_code(place)[1] == code]
     found = [i for i, place in enumerate(places) if place == search] or alike
     if len(found) != 1 or not search:
         raise Unusable(f"SEARCH fits at {len(found)} places beside the other blocks:\n{search}")
-    there = code_of(places[found[0]])[0]
-    if indent != there and re.search(rf"(?m)^(?!{indent}|$)", replace):
+    there = indent_and_code(places[found[0]])[0]
+    less = [line for line in replace.split("\n") if line and not line.startswith(indent)]
+    if indent != there and less:
         raise Unusable(f"REPLACE is less indented than its SEARCH:\n{replace}")
     replace = re.sub(rf"(?m)^{indent}(?=.)", there, replace)
     lines[found[0]:found[0] + n] = [replace] if replace else []
     return "\n".join(lines)
 
 
-def code_of(text: str) -> tuple[str, str]:
+def indent_and_code(text: str) -> tuple[str, str]:
     """Return the indentation of some code, and the code without comments and blanks."""
     code = re.sub(r"""(?m)("[^"\n]*"|'[^'\n]*'|^ +)|#.*|[^\S\n]+""", r"\1", text)
     return re.search(r"(?m)^ *(?=\S)|\Z", code)[0], textwrap.dedent(code)
@@ -1141,7 +1142,7 @@ def random_moves(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[
         chosen = rng.sample(list(knobs), min(len(knobs), how_many))
         for name in sorted(chosen, key=knobs.get, reverse=True):    # last first: spans stay valid
             start, end = knobs[name]
-            old = eval(source[start:end])   # "0.5" or "2 ** 17", says KNOB
+            old = eval(source[start:end])   # "0.5" or "2 ** 17": KNOB lets nothing else through
             # Steps widen with the attempts: what is near has been seen.
             new = moved(old, rng.choice((-1, 1)) * rng.uniform(0.2, 0.8) * 1.03 ** attempt)
             if old and new != old:
@@ -1291,7 +1292,7 @@ text:first-of-type {font-size: 26px} .middle {text-anchor: middle} .end {text-an
 path {fill: none; stroke-width: 3px} circle {r: 4px; opacity: 0.4}</style>"""
 
 
-def verdict(exp: Experiment) -> str:
+def line_of(exp: Experiment) -> str:
     """Return an experiment's line in the terminal."""
     bpb = "no score" if exp.status == "crash" else f"{score(exp.scores):.6f}"
     return f"#{exp.number:<4} {exp.by:8} {bpb}  {exp.status:7}  {exp.description}  [{exp.reason}]"
@@ -1301,12 +1302,12 @@ def kept(experiments: list[Experiment]) -> list[Experiment]:
     return [exp for exp in experiments if exp.status == "keep"]
 
 
-def summary(judged: list, everything: Iterable, confirmed: dict, budget: float) -> list[str]:
+def summary(judged: list, confirmed: dict, budget: float) -> list[str]:
     """Return the night in lines: the scores of baseline and incumbent, the gain, what it took."""
     counts = collections.Counter(exp.status for exp in judged if exp.number)
     minutes = sum(run["total_seconds"] for exp in judged for run in exp.runs) / 60
-    sent = sum(exp.input_tokens for exp in everything)
-    got = sum(exp.output_tokens for exp in everything)
+    sent = sum(exp.input_tokens for exp in judged)
+    got = sum(exp.output_tokens for exp in judged)
     return [*headline(judged, confirmed, budget),
             f"{counts.total()} experiments: {counts['keep']} kept, {counts['discard']} discarded, "
             f"{counts['crash']} crashed",
@@ -1336,7 +1337,7 @@ def headline(judged: list, confirmed: dict, budget: float) -> list[str]:
 def progress_svg(judged: list, confirmed: dict, budget: float, control: list = ()) -> str:
     """Return the night as a picture; `control`: experiments of another night, for comparison."""
     names = ", ".join(f'<tspan fill="{COLOURS[by]}">{by}</tspan>' for by in COLOURS)
-    lines = [*summary(judged, judged, confirmed, budget),
+    lines = [*summary(judged, confirmed, budget),
              f"val_bpb by experiment, lower is better: {names}"]
     svg = [START, *(TEXT.format(-58, 23 * i - 126, "", line) for i, line in enumerate(lines))]
     levels = [score(exp.scores) for exp in kept([*judged, *control])] or [1.0]
@@ -1418,6 +1419,8 @@ def main() -> int | str:
     try:
         args = parse_arguments()
         os.chdir(Path(__file__).resolve().parent)
+        if args.experiments != 0:
+            lock_folder()
         lab = Lab(args)
         if args.experiments != 0:
             result = asyncio.run(until_signal(lab.night()))
@@ -1432,8 +1435,8 @@ def main() -> int | str:
                   f"mend that and start again, or report it with the end of {LOG}")
     if lab:
         budget = lab.conditions.get("budget", 0)
-        lines = summary(lab.judged, lab.experiments.values(), lab.confirmed, budget)
-        say("\n".join([*map(verdict, kept(lab.judged)), *lines]))
+        lines = summary(lab.judged, lab.confirmed, budget)
+        say("\n".join([*map(line_of, kept(lab.judged)), *lines]))
     if isinstance(result, str):
         write_log(result)
     return result

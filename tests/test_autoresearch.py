@@ -324,9 +324,9 @@ def test_a_halved_history_grows_back_and_a_conversation_that_is_too_long_begins_
     monkeypatch.setattr(ar, "in_thread", answers)
     too_long = ar.Away("too long", too_long=True)
     for history in 50, 25, 12, 6, 3, 1:
-        lab.wait_for_llm(exp, too_long)
+        lab.note_absence(exp, too_long)
         assert lab.history == history and len(exp.turns) == 2
-    lab.wait_for_llm(exp, too_long)
+    lab.note_absence(exp, too_long)
     assert exp.turns == []
     lab.pause = 0
     asyncio.run(lab.ask(exp))

@@ -49,7 +49,7 @@ def words(judged, claims=None, control=()):
 def test_a_night_without_a_gain_is_drawn_and_says_so(judged, noise, monkeypatch):
     monkeypatch.setattr(ar, "pooled_noise", lambda groups: noise)
     assert NOTHING in words(judged, confirmed())
-    report = "\n".join(ar.summary(judged, judged, confirmed(), 60))
+    report = "\n".join(ar.summary(judged, confirmed(), 60))
     assert NOTHING in report and "±" not in report and "--confirm" not in report
 
 
@@ -61,14 +61,14 @@ def test_a_gain_is_as_selected_until_it_is_confirmed_for_this_incumbent_at_this_
     fresh = "gain at 60 s +0.0480 ± 0.0020, confirmed on 5 fresh seeds"
     for given, pair, gain in ((claims, "1.450 to 1.400", selected),
                               (claims | confirmed(), "1.460 to 1.412", fresh)):
-        for lines in ar.summary([BASELINE, KEPT], [], given, 60), words([BASELINE, KEPT], given):
+        for lines in ar.summary([BASELINE, KEPT], given, 60), words([BASELINE, KEPT], given):
             assert lines[0] == f"{pair} bits per byte" and lines[1].startswith(gain)
             assert ("--confirm" in lines[1]) == (given is claims)
 
 
 def test_gains_at_other_budgets_are_named_in_one_line_under_that_of_the_nights_own():
     claims = confirmed(30, gain=-0.2) | confirmed() | confirmed(300) | confirmed(120, incumbent=7)
-    for lines in words([BASELINE, KEPT], claims), ar.summary([BASELINE, KEPT], [], claims, 60):
+    for lines in words([BASELINE, KEPT], claims), ar.summary([BASELINE, KEPT], claims, 60):
         first, second = (line for line in lines if "gain" in line)
         assert first.startswith("gain at 60 s +0.0480")
         assert second == "gain at 30 s -0.2000 ± 0.0020, at 300 s +0.0480 ± 0.0020"
@@ -81,26 +81,25 @@ def test_the_gain_that_is_printed_is_that_of_the_judges_score(monkeypatch):
     claims = confirmed()
     claims["60"]["incumbent_runs"] = [{"val_bpb": 1.3}, {"val_bpb": 1.36}]
     for given, pair, gain in ({}, "1.800 to 1.400", "+0.4"), (claims, "1.460 to 1.360", "+0.1"):
-        first, second, *_ = ar.summary([base, best], [], given, 60)
+        first, second, *_ = ar.summary([base, best], given, 60)
         assert first.startswith(pair) and second.startswith(f"gain at 60 s {gain}000 ±")
 
 
 def test_without_any_noise_no_error_is_invented():
     base, best = dot(1.5, "keep", "baseline", 0), dot(1.4, "keep", "llm", 1)
-    assert ar.summary([base, best], [], {}, 60)[1].startswith("gain at 60 s +0.1000 ± nan, as sel")
+    assert ar.summary([base, best], {}, 60)[1].startswith("gain at 60 s +0.1000 ± nan, as sel")
 
 
-def test_a_summary_counts_what_came_of_the_night_and_all_tokens_that_were_paid():
+def test_a_summary_counts_what_came_of_the_night_and_its_tokens():
     judged = [BASELINE, KEPT, dot(1.5, input_tokens=1000, output_tokens=70), dot(0, "crash")]
-    waiting = ar.Experiment(9, "llm", input_tokens=500, output_tokens=30)
-    *_, counts, took = ar.summary(judged, [*judged, waiting], {}, 60)
+    *_, counts, took = ar.summary(judged, {}, 60)
     assert counts == "3 experiments: 1 kept, 1 discarded, 1 crashed"
-    assert took == "4 minutes; LLM: 1,500 tokens in, 100 out"
+    assert took == "4 minutes; LLM: 1,000 tokens in, 70 out"
 
 
 @pytest.mark.parametrize("status, bpb", [("keep", "1.400000"), ("crash", "no score")])
 def test_the_verdict_of_a_crash_has_no_score(status, bpb):
-    line = ar.verdict(dot(1.4, status))
+    line = ar.line_of(dot(1.4, status))
     assert re.fullmatch(rf"#1 +llm +{bpb}  {status} +an idea  \[because\]", line)
 
 
