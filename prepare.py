@@ -14,6 +14,7 @@ import argparse
 import ast
 import collections
 import copy
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -24,9 +25,9 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import sys
-import sysconfig
 import threading
 import traceback
 import types
@@ -35,14 +36,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import monotonic, sleep, thread_time  # so patching time.monotonic changes nothing
 
-if sys.version_info < (3, 11) or sys.platform == "win32":
-    sys.exit("prepare.py: this needs Python 3.11 or newer and, on Windows, WSL2")
 BEGAN = monotonic()     # before the seconds that torch takes to import
 # Threads that spin while they wait made a run on a busy machine 15 times slower. torch reads this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import fcntl
-import resource
 
 import numpy as np
 import requests
@@ -186,8 +182,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     times.append(seconds_now())
     nats = np.empty((2, *x.shape))
     turns = np.empty((2, len(x)))
-    # Each batch is scored (probe = 0) and probed (probe = 1), in one random order, so that a model
-    # cannot tell which of both a call is.
+    # In a random order, so that a model cannot tell a score (probe = 0) from a probe (probe = 1).
     for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
         tokens, rows = x[i], rng.permutation(EVAL_ROWS)
         if probe:       # other rows replace what follows the cuts: drawing above choose_cuts()
@@ -261,8 +256,7 @@ def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
     stays = to_cut > 0              # a prediction from tokens before the cut alone
     small = loss.clip(-LARGEST, LARGEST)
     before, at_cut = small[stays], small[to_cut == 1]
-    # A loss above 0 means that the probe did worse. A model that learns from call to call does
-    # better in the later one.
+    # A model that learns from call to call does better, so it loses less, in the later call.
     learned = (small * np.where(probed_later, 1, -1)[:, None, None])[stays]
     sigma = np.sqrt(np.square(before).mean())
     unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
@@ -537,9 +531,8 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
         shard = "allenai/c4/resolve/main/en/c4-train.{:05d}-of-01024.json.gz"
         return f"c4-{shards}", [download(shard.format(i)) for i in range(shards)], json_texts
     if data in ("python", "stdlib"):
-        name, folders = data, [Path(sysconfig.get_path("stdlib"))]
-        if data == "python":
-            folders += [Path(module.__file__).parent for module in (torch, np)]
+        name, modules = data, [os] if data == "stdlib" else [os, torch, np]
+        folders = [Path(module.__file__).parent for module in modules]
         files = [file for folder in folders for file in sorted(folder.rglob("*.py"))
                  if not SKIPPED & {*file.relative_to(folder).parts}]
     elif (path := Path(os.path.expanduser(data))).exists():
@@ -684,7 +677,7 @@ class Tokenizer:
 
     def encode_word(self, word: str) -> str:
         """Return the tokens of a word: of the pairs in it, the earliest learned is merged first."""
-        # A token is the character of its number, so that str.replace() can merge. First: bytes.
+        # A token is the character of its number, so that str.replace() can merge; bytes come first.
         word = word.encode("utf-8", "surrogatepass").decode("latin-1")
         while mergeable := [a + b for a, b in itertools.pairwise(word) if a + b in self.rank]:
             pair = min(mergeable, key=self.rank.get)
@@ -729,8 +722,7 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
 
 # ---- 7  Tokens: the documents of each split as one flat file of uint16 ---------------------------
 
-# Bytes of text for val, and for test; but not more than 8% of all text, and not less than 1%.
-HELD_OUT = 1_000_000
+HELD_OUT = 1_000_000    # bytes of text for val, and for test; but 1% of all text to 8% of it
 
 
 def ready(data: str | None) -> Path:
@@ -741,17 +733,12 @@ def ready(data: str | None) -> Path:
         if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
             return CACHE / last.read_text()
         return prepare(data or DEFAULT_DATA)
-    except requests.RequestException as error:
-        problem = f"no download ({error}): check the network, or give --data python"
-    except OSError as error:        # that of a full disk names no file
-        place = error.filename or CACHE
-        problem = f"{error.strerror}: {place}; AUTORESEARCH_CACHE can replace {CACHE}"
-    except RuntimeError as error:
-        first = str(error).partition("\n")[0]
-        problem = f"{first}; CUDA_VISIBLE_DEVICES=-1 trains on the CPU"
+    except (OSError, RuntimeError) as error:
+        problem = str(error).partition("\n")[0]
+        sys.exit(f"prepare.py: {problem}: --data python needs no network, CUDA_VISIBLE_DEVICES=-1 "
+                 f"no GPU; AUTORESEARCH_CACHE can name another folder than {CACHE}")
     except KeyboardInterrupt:
-        problem = "stopped; the same command goes on where it was"
-    sys.exit(f"prepare.py: {problem}")
+        sys.exit("prepare.py: stopped; the same command goes on where it was")
 
 
 def prepare(data: str) -> Path:
