@@ -453,7 +453,7 @@ def refuse_source(source: str):
 
 
 def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
-    """Yield (node, "Kind word") of all names and texts, and what resolve() says of all paths."""
+    """Yield (node, use): "Name open" and the like of each word, "path torch.load" of each path."""
     bound = collections.defaultdict(set)        # {"F": {"torch.nn.functional"}, ...}
     for node in nodes:
         for field in vars(node).values():
@@ -551,10 +551,11 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
 
 
 def is_text(path: Path) -> bool:
-    """Return whether a file has UTF-8 text in it, and no zero bytes, which UTF-16 would have."""
+    """Return whether all of a file is UTF-8, without a zero byte at its start, as UTF-16 has."""
     try:
-        pieces = text_pieces(path, "strict") if path.is_file() and path.stat().st_size else ["\0"]
-        return all("\0" not in piece for piece in pieces)
+        if not path.is_file() or not path.stat().st_size:
+            return False
+        return not ["\0" in piece for piece in text_pieces(path, "strict")][0]
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -586,8 +587,7 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
     """Yield (split, text) of each document, always in one order. val and test get `share` each."""
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    # The parts of a file are alike, so of many files each stays in one split. They are shuffled,
-    # so that neighbours, which are alike too, are not all in one split.
+    # Parts of a file are alike, and so are neighbours: many files are shuffled, and not divided.
     whole_files = reader is text_pieces and len(files) >= MANY_FILES
     for file in random.Random(0).sample(files, len(files)) if whole_files else files:
         split = ""
