@@ -8,49 +8,35 @@
 
 Nobody edits this file during research. A train.py can do what you can; README.md has a sandbox.
 """
-# ruff: noqa: E402, UP036  (what has to be done before torch is imported stands before it)
+# ruff: noqa: E402  (what has to be done before torch is imported stands before it)
 
 import argparse
 import ast
 import collections
 import copy
+import fcntl
 import functools
 import gzip
 import hashlib
-import heapq
 import importlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import shutil
+import resource
 import signal
 import sys
-import sysconfig
 import threading
-import time
 import traceback
 import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
-from time import monotonic, thread_time  # so that patching time.monotonic changes nothing here
-from typing import BinaryIO
-
-if sys.version_info < (3, 11):
-    sys.exit(f"prepare.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
-try:
-    import fcntl
-    import resource
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"prepare.py: {missing}. On Windows, run this inside WSL2") from None
+from time import monotonic, sleep, thread_time  # so patching time.monotonic changes nothing
 
 BEGAN = monotonic()     # before the seconds that torch takes to import
-
 # Threads that spin while they wait made a run on a busy machine 15 times slower. torch reads this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -91,23 +77,6 @@ def sha256(paths: list[Path]) -> str:
     return hashlib.sha256(b"".join(each)).hexdigest()
 
 
-def check_card():
-    """End if torch cannot compute on the GPU; warn if it sees none or if the GPU is in use."""
-    try:
-        torch.ones(1, device="cuda" if CUDA else "cpu").item()      # the smallest of kernels
-    except RuntimeError as error:
-        why = str(error).partition("\n")[0]
-        hint = ": install a torch for it" if "no kernel image" in why else ""
-        sys.exit(f"prepare.py: {why}{hint}; CUDA_VISIBLE_DEVICES=-1 trains on the CPU")
-    free, total = torch.cuda.mem_get_info() if CUDA else (1, 1)
-    if free < 0.9 * total:
-        print(f"WARNING: other programs use the GPU: {free / 1e9:.1f} of {total / 1e9:.1f} GB are "
-              f"free; nvidia-smi names them", file=sys.stderr)
-    if DEVICE == "cpu" and "CUDA_VISIBLE_DEVICES" not in os.environ and shutil.which("nvidia-smi"):
-        print(f"WARNING: torch {torch.__version__} (CUDA: {torch.version.cuda}) cannot use the "
-              f"NVIDIA GPU: install a torch for the CUDA that nvidia-smi names", file=sys.stderr)
-
-
 # ---- 2  The clock: it starts with the first batch and ends the loop over batches() at the budget -
 
 # On a CPU: the time of the thread that calls train(), which other programs cannot change.
@@ -121,7 +90,6 @@ class Clock:
     def __init__(self, tokens: np.ndarray, seed: int, budget: float, tell: Callable):
         self.tokens, self.budget, self.tell = tokens, budget, tell
         self.rng = np.random.default_rng(seed)      # decides the order of the windows
-        self.thread = threading.get_ident()         # the thread whose time counts
         self.start = None                           # when the first batch was handed out
         self.last = 0.0                             # when the last one was, after the start
         self.steps = self.seen = 0                  # batches and tokens handed out
@@ -138,8 +106,6 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
     if not 0 < seq_len < len(clock.tokens) // 2:
         raise ValueError(f"seq_len {seq_len}: there are {len(clock.tokens)} tokens to train on")
     while True:
-        if threading.get_ident() != clock.thread:
-            raise RuntimeError("batches() belongs to the thread that calls train()")
         if clock.start is None:         # before the first look at the data
             synchronize()
             most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # CPU budget is no wall-clock time
@@ -216,8 +182,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     times.append(seconds_now())
     nats = np.empty((2, *x.shape))
     turns = np.empty((2, len(x)))
-    # Each batch is scored (probe = 0) and probed (probe = 1), in one random order, so that a model
-    # cannot tell which of both a call is.
+    # In a random order, so that a model cannot tell a score (probe = 0) from a probe (probe = 1).
     for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
         tokens, rows = x[i], rng.permutation(EVAL_ROWS)
         if probe:       # other rows replace what follows the cuts: drawing above choose_cuts()
@@ -267,8 +232,7 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.
 def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
     """Return where each row of each probe is cut: (probes, rows), in 1 ... length."""
     # Almost half of the rows are cut where chunks of 2, 4, 8, ... tokens end: sums over chunks
-    # leak there. Others are cut all over. One row per probe is whole: it shows other rows and
-    # calls.
+    # leak there. Others are cut all over. One row is whole: it shows other rows and calls.
     chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
     cuts = chunk * rng.integers(1, length // chunk)
     cuts[:, 1::2] = np.resize(1 + rng.permutation(length - 1), (probes, rows // 2))
@@ -283,7 +247,7 @@ BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below t
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
 SPREAD = 0.02       # nats: limit of the mean size, and of the median at cuts; bf16 has half
 LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-ties are no leak
-GATHERED = 2, 4     # at most 2 of the 3 largest losses may be at cuts, and 4 of the 16 largest
+GATHERED = 4        # at most so many of the 16 largest losses may be at cuts
 
 
 def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
@@ -292,8 +256,7 @@ def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
     stays = to_cut > 0              # a prediction from tokens before the cut alone
     small = loss.clip(-LARGEST, LARGEST)
     before, at_cut = small[stays], small[to_cut == 1]
-    # A loss above 0 means that the probe did worse. A model that learns from call to call does
-    # better in the later one.
+    # A model that learns from call to call does better, so it loses less, in the later call.
     learned = (small * np.where(probed_later, 1, -1)[:, None, None])[stays]
     sigma = np.sqrt(np.square(before).mean())
     unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
@@ -301,9 +264,8 @@ def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
     spread = max(np.abs(before).mean(), np.median(np.abs(at_cut)))
     # Noise hides a rare leak in a mean, but not where the largest losses gather: at cuts.
     largest = np.argsort(-loss[stays])[:16]
-    hits = ((to_cut[stays] == 1) & (loss[stays] > SPREAD))[largest]
-    gathered = hits[:3].sum() > GATHERED[0] or hits.sum() > GATHERED[1]
-    if not (unbiased and spread <= SPREAD and not gathered):        # a NaN is refused
+    gathered = ((to_cut[stays] == 1) & (loss[stays] > SPREAD))[largest].sum()
+    if not (unbiased and spread <= SPREAD and gathered <= GATHERED):        # a NaN is refused
         raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions: by "
                       f"{at_cut.mean():+.4f} nats just before them, {before.mean():+.4f} in all, "
                       f"{spread:.4f} in size, {learned.mean():+.4f} from call to call; logits may "
@@ -441,12 +403,12 @@ def end_with_driver(pipe: int):
 
 
 # The guard stops sloppy and score-gaming candidates, not malware. Before a run, refuse_source()
-# reads a candidate's words and follows the names that it imports. Later, refuse_patches() checks
-# after each call of its model that the functions of the judge are what they were.
+# looks at each word of a candidate, and at what its imported names lead to. Later, after each call
+# of its model, refuse_patches() checks that the functions of the judge are what they were.
 
 DUNDERS = """add|call|class|constants|doc|enter|exit|file|future|getitem|init|iter|len|main|name|
     new|next|post_init|repr|setitem|slots|str|version"""    # harmless ones
-REFUSED = [     # a pattern for "KindOfNode word", and why it is refused
+REFUSED = [     # a pattern for what uses() yields, and why it is refused
     (r"^Name (open|exec|eval|compile|globals|locals|vars)$", "no files, no text that runs as code"),
     (r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b",
      "the driver sets the seed and the threads: leave it out"),
@@ -454,10 +416,9 @@ REFUSED = [     # a pattern for "KindOfNode word", and why it is refused
      'no attributes by computed names: write x.name, getattr(x, "name", 0) or x.name = value'),
     (r"^Attribute format(_map)?$", "no computed formats: use f-strings"),
     (rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | dump | [acgt]\w_frame
-        | f_(back | builtins | globals | locals))\b""", "no files, no way into the interpreter")]
-
-CLOSED = re.compile(rf"""(?x)       # paths refused: module.name, see objection()
-    (?! ({"|".join(MODULES)}) \b) .* | .*\*
+        | f_(back | builtins | globals | locals))\b""", "no files, no way into the interpreter"),
+    (r"^module ", "a module stands only before a dot, as in torch.nn.Linear"),
+    (rf"""(?x) ^path\ (?: (?! ({"|".join(MODULES)}) \b) .* | .*\*
     | (?! numpy\.lib\.stride_tricks | torch\.(_dynamo\.(config | disable | reset)
           | _inductor\.config | jit\.script | library\.custom_op | utils\.checkpoint)\b)
       (numpy | torch)\.(_\w+ | ao | classes | core | ctypeslib | distributed | export | f2py | fx
@@ -467,7 +428,8 @@ CLOSED = re.compile(rf"""(?x)       # paths refused: module.name, see objection(
           | set_?state | default_rng | Random(State)? | Torch\w+Mode | attrgetter | methodcaller
           | make_dataclass | update_wrapper)
     | (numpy\.random | torch)\.Generator | numpy\.random\.[A-Z]+\d+\w*       # PCG64, MT19937
-    | (gc | typing)\.get_\w+ | gc\.callbacks | string\.Formatter""")
+    | (gc | typing)\.get_\w+ | gc\.callbacks | string\.Formatter)$""",
+     "this is closed, as are files, processes and seeds: leave it out")]
 
 
 def refuse_source(source: str):
@@ -483,27 +445,24 @@ def refuse_source(source: str):
                 node.func, node.args = ast.Attribute(x, name, lineno=node.lineno), rest
             case ast.Call(ast.Name("hasattr"), [x, *rest]):
                 node.func, node.args = ast.Attribute(x, "__doc__", lineno=node.lineno), rest
-    nodes = list(ast.walk(tree))
-    words = ((node, f"{type(node).__name__} {word}") for node in nodes
-             for field in vars(node).values()
-             for word in (field if isinstance(field, list) else [field]) if isinstance(word, str))
-    problems = [(node, why) for node, word in words for pattern, why in REFUSED
-                if re.search(pattern, word)]
-    problems += [(node, why) for node, path in used_paths(nodes) if (why := objection(path))]
-    if problems:
-        node, why = min(problems, key=lambda problem: problem[0].lineno)
-        line = source.split("\n")[node.lineno - 1].strip()
-        raise Invalid(f"not allowed in line {node.lineno}: {line}: {why}")
+    for node, use in uses(list(ast.walk(tree))):
+        for pattern, why in REFUSED:
+            if re.search(pattern, use):
+                line = source.split("\n")[node.lineno - 1].strip()
+                raise Invalid(f"not allowed in line {node.lineno}: {line}: {why}")
 
 
-def used_paths(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
-    """Yield (node, path) of all that is imported, and of what is used of it: torch.nn.Linear."""
+def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
+    """Yield (node, use): "Name open" and the like of each word, "path torch.load" of each path."""
     bound = collections.defaultdict(set)        # {"F": {"torch.nn.functional"}, ...}
     for node in nodes:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
+        for field in vars(node).values():
+            words = field if isinstance(field, list) else [field]
+            yield from ((node, f"{type(node).__name__} {x}") for x in words if isinstance(x, str))
+        if isinstance(node, ast.Import | ast.ImportFrom):
             parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                yield node, f"{parent}{alias.name}.__name__"    # so a bare module is no problem
+                yield from resolve(node, f"{parent}{alias.name}.__name__")  # no bare module
                 name = alias.asname or alias.name.partition(".")[0]
                 bound[name].add(parent + (alias.name if alias.asname else name))
     inner = {node.value for node in nodes if isinstance(node, ast.Attribute)}
@@ -511,23 +470,23 @@ def used_paths(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
         match node:
             case ast.Attribute() | ast.Name(ctx=ast.Load()) if node not in inner:
                 name, dot, rest = ast.unparse(node).partition(".")
-                yield from ((node, path + dot + rest) for path in bound[name])
+                for path in bound[name]:
+                    yield from resolve(node, path + dot + rest)
 
 
-def objection(path: str) -> str:
-    """Return why a candidate may not use what a path like torch.nn.Linear leads to, or ""."""
+def resolve(node: ast.AST, path: str) -> Iterator[tuple[ast.AST, str]]:
+    """Yield what a path leads past, modules by their own names: torch.os.system leads past os."""
     value = None
     for name in path.split("."):
-        place = f"{value.__name__}.{name}" if value else name       # torch.os.x becomes os.x
-        if CLOSED.fullmatch(place):
-            return f"{place} is closed, as are files, processes and seeds: leave it out"
+        place = f"{value.__name__}.{name}" if value else name
+        yield node, f"path {place}"
         try:
             value = getattr(value, name, None) or importlib.import_module(place)
         except ImportError:         # no such module: the candidate may catch this itself
-            return ""
+            return
         if not isinstance(value, types.ModuleType):
-            return ""
-    return "a module stands only before a dot, as in torch.nn.Linear"
+            return
+    yield node, f"module {place}"
 
 
 def functions() -> set[tuple]:
@@ -556,8 +515,7 @@ SPLITS = "train", "val", "test"
 PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
 SHORTEST = 64       # characters: a document with less than this is dropped
 MANY_FILES = 50     # from so many files on, each file is whole in one split
-TRIES = 5           # requests for a file, with pauses of 1, 2, 4 and 8 seconds between them
-LONGEST_PAUSE = 300     # seconds that a server may ask to wait instead
+LAST_PAUSE = 64     # a failed download is tried again after 1, 4, 16 and 64 seconds
 # Folders of libraries: tests are not in every installation, and tables are near copies of another.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "testing",
            "encodings", "pydoc_data", "serialized_patterns"}
@@ -573,17 +531,15 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
         shard = "allenai/c4/resolve/main/en/c4-train.{:05d}-of-01024.json.gz"
         return f"c4-{shards}", [download(shard.format(i)) for i in range(shards)], json_texts
     if data in ("python", "stdlib"):
-        name, folders = data, [Path(sysconfig.get_path("stdlib"))]
-        if data == "python":
-            folders += [Path(module.__file__).parent for module in (torch, np)]
+        name, modules = data, [os] if data == "stdlib" else [os, torch, np]
+        folders = [Path(module.__file__).parent for module in modules]
         files = [file for folder in folders for file in sorted(folder.rglob("*.py"))
                  if not SKIPPED & {*file.relative_to(folder).parts}]
     elif (path := Path(os.path.expanduser(data))).exists():
         name = re.sub(r"\W+", "-", path.resolve().name, flags=re.ASCII)[:40]
         found = [f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path)}"]
-        # rglob() of a file finds nothing; of a folder it looks into all but these two kinds.
-        files = [f for f in found or [path]
-                 if f.is_symlink() or not f.is_dir() or not os.access(f, os.R_OK | os.X_OK)]
+        # rglob() of a file finds nothing, and does not look into links to folders.
+        files = [f for f in found or [path] if f.is_symlink() or not f.is_dir()]
     else:
         sys.exit(f"prepare.py: --data {data}: give python, stdlib, tinystories, c4, c4:N with N "
                  f"from 1 to 1024 shards, or a file or folder that exists")
@@ -595,11 +551,11 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
 
 
 def is_text(path: Path) -> bool:
-    """Return whether all of a file can be read as UTF-8, without a zero byte at its start."""
+    """Return whether all of a file is UTF-8, without a zero byte at its start, as UTF-16 has."""
     try:
         if not path.is_file() or not path.stat().st_size:
             return False
-        return not ["\0" in piece[:1000] for piece in text_pieces(path, "strict")][0]
+        return not ["\0" in piece for piece in text_pieces(path, "strict")][0]
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -631,12 +587,9 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
     """Yield (split, text) of each document, always in one order. val and test get `share` each."""
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    # The parts of a file are alike, so of many files each stays in one split. They are shuffled,
-    # so that neighbours, which are alike too, are not all in one split.
+    # Parts of a file are alike, and so are neighbours: many files are shuffled, and not divided.
     whole_files = reader is text_pieces and len(files) >= MANY_FILES
-    if whole_files:
-        files = random.Random(0).sample(files, len(files))
-    for file in files:
+    for file in random.Random(0).sample(files, len(files)) if whole_files else files:
         split = ""
         for text in reader(file):
             if len(text.strip()) < SHORTEST or hash(text) in seen:
@@ -654,28 +607,25 @@ def download(address: str) -> Path:
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
     path = CACHE / "downloads" / Path(address).name
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, failures = path.with_name(f"{path.name}.part"), 0
+    part, pause = path.with_name(f"{path.name}.part"), 1
     while not path.exists():
         try:
-            with part.open("ab") as file:
-                fetch_rest(f"{hub}/datasets/{address}", file)
+            fetch_rest(f"{hub}/datasets/{address}", part)
             part.replace(path)
         except requests.RequestException as error:
-            failures += 1
-            if failures == TRIES or getattr(error.response, "status_code", 0) in (401, 403, 404):
+            if pause > LAST_PAUSE:
                 raise
-            wish = getattr(error.response, "headers", {}).get("Retry-After", "")
-            pause = int(wish) if wish.isdecimal() else 2 ** (failures - 1)   # it may be a date
-            pause = min(pause, LONGEST_PAUSE)
             print(f"{path.name}: {error}; again in {pause} s", file=sys.stderr)
-            time.sleep(pause)
+            sleep(pause)
+            pause *= 4
     return path
 
 
-def fetch_rest(url: str, file: BinaryIO):
-    """Append to `file` what it lacks of the file at `url`."""
-    headers = {"Range": f"bytes={file.tell()}-", "Accept-Encoding": "identity"}
-    with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+def fetch_rest(url: str, path: Path):
+    """Append to the file at `path` what it lacks of the one at `url`."""
+    with path.open("ab") as file:
+        headers = {"Range": f"bytes={file.tell()}-", "Accept-Encoding": "identity"}
+        answer = requests.get(url, stream=True, timeout=30, headers=headers)
         if answer.status_code == 416 and file.tell():       # nothing is left to fetch
             return
         answer.raise_for_status()
@@ -702,7 +652,6 @@ WORD = re.compile(rf"""(?x)
     | \s                                        # this last one, if the word did not take it""")
 SAMPLE = 64_000_000     # characters of training text that the merges are learned from
 COMMON = 50_000         # words among them that count; 200,000 words make tokens no longer
-CACHED_WORDS = 500_000  # words whose tokens a process remembers: some 100 MB
 
 
 class Tokenizer:
@@ -720,115 +669,76 @@ class Tokenizer:
             self.bytes.append(self.bytes[left] + self.bytes[right])
         self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
         self.lengths = np.array([len(data) for data in self.bytes])
-        self.encode_cached = functools.lru_cache(CACHED_WORDS)(self.encode_word)    # words repeat
+        # 55 MB of code have 11 million words, 240,000 different ones. A million take 300 MB.
+        self.encode_word = functools.lru_cache(1_000_000)(self.encode_word)
 
     def encode(self, text: str) -> list[int]:
-        return list(itertools.chain.from_iterable(map(self.encode_cached, WORD.findall(text))))
+        return [ord(token) for word in WORD.findall(text) for token in self.encode_word(word)]
 
-    def encode_word(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> str:
         """Return the tokens of a word: of the pairs in it, the earliest learned is merged first."""
-        word = as_tokens(word)
-        while mergeable := self.rank.keys() & set(pairs(word)):
+        # A token is the character of its number, so that str.replace() can merge; bytes come first.
+        word = word.encode("utf-8", "surrogatepass").decode("latin-1")
+        while mergeable := [a + b for a, b in itertools.pairwise(word) if a + b in self.rank]:
             pair = min(mergeable, key=self.rank.get)
             word = word.replace(pair, chr(self.rank[pair]))
-        return list(map(ord, word))
+        return word
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`; what is not UTF-8 in it becomes replacement characters."""
         return b"".join(self.bytes[token] for token in tokens).decode("utf-8", "replace")
 
 
-def as_tokens(word: str) -> str:
-    """Return one character for each byte of a word, so that str.replace() can merge tokens."""
-    return word.encode("utf-8", "surrogatepass").decode("latin-1")
-
-
-def pairs(word: str) -> list[str]:
-    """Return the pairs of neighbours: "abc" has "ab" and "bc"."""
-    return [word[i:i + 2] for i in range(len(word) - 1)]
-
-
-def common_words(texts: Iterable[str]) -> list[tuple[str, int]]:
-    """Return the words of a sample, each with its count; the rarest are left out."""
+def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
+    """Return at most `count` merges: again and again the most frequent pair of neighbours."""
     counter, characters = collections.Counter(), 0
     for text in texts:
         counter.update(WORD.findall(text))
         characters += len(text)
         if characters > SAMPLE:
             break
-    return counter.most_common(COMMON)
-
-
-def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
-    """Return at most `count` merges: again and again the most frequent pair of neighbours."""
-    common = common_words(texts)
-    words = [as_tokens(word) for word, _ in common]
+    common = counter.most_common(COMMON)
+    words = [word.encode("utf-8", "surrogatepass").decode("latin-1") for word, _ in common]
     counts = collections.Counter()              # pair -> how often it occurs
     where = collections.defaultdict(set)        # pair -> words that have it, or had it once
 
     def count_pairs(i: int, times: int):
-        for pair in pairs(words[i]):
-            counts[pair] += times
-            where[pair].add(i)
+        for a, b in itertools.pairwise(words[i]):
+            counts[a + b] += times
+            where[a + b].add(i)
 
     for i, (_, times) in enumerate(common):
         count_pairs(i, times)
-    heap = [(-times, pair) for pair, times in counts.items()]   # the most frequent comes out first
-    heapq.heapify(heap)
     merges = []
-    while heap and len(merges) < count:
-        show_progress(f"learning to tokenize: {len(merges)} of {count} merges")
-        negative, pair = heapq.heappop(heap)
-        if -negative != counts[pair]:           # other merges have used some of them up since
-            heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        if -negative < 2:
-            break
-        token, fresh = chr(256 + len(merges)), set()
+    while len(merges) < count and (most := max(counts.values(), default=0)) > 1:
+        pair = min(pair for pair, times in counts.items() if times == most)
         for i in where.pop(pair):               # only words with the pair change
             count_pairs(i, -common[i][1])
-            words[i] = words[i].replace(pair, token)
+            words[i] = words[i].replace(pair, chr(256 + len(merges)))
             count_pairs(i, common[i][1])
-            fresh.update(new for new in pairs(words[i]) if token in new)
-        for new in fresh:
-            heapq.heappush(heap, (-counts[new], new))
         merges.append((ord(pair[0]), ord(pair[1])))
     return merges
 
 
 # ---- 7  Tokens: the documents of each split as one flat file of uint16 ---------------------------
 
-# Bytes of text for val, and for test; but not more than 8% of all text, and not less than 1%.
-HELD_OUT = 1_000_000
-_shown = BEGAN      # when show_progress() last did so
+HELD_OUT = 1_000_000    # bytes of text for val, and for test; but 1% of all text to 8% of it
+
 
 def ready(data: str | None) -> Path:
     """Return the folder of `data`; without it of what was prepared last, or of the default data."""
     try:
+        torch.ones(1, device=DEVICE)    # the smallest of kernels: does torch know this GPU?
         last = CACHE / "current"
         if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
             return CACHE / last.read_text()
         return prepare(data or DEFAULT_DATA)
-    except requests.RequestException as error:
-        problem = f"{data or DEFAULT_DATA} cannot be downloaded ({error})"
-        if data:
-            sys.exit(f"prepare.py: {problem}: check the network, or give --data python")
-        print(f"WARNING: {problem}: going on with python, on a GPU a smoke test. When there is a "
-              f"network: python prepare.py --data {DEFAULT_DATA}", file=sys.stderr)
-        return ready("python")
-    except BrokenProcessPool:
-        end_at_once("a process that encodes was killed, perhaps for its memory: "
-                    "OMP_NUM_THREADS=1 in front of the command needs less")
-    except OSError as error:        # that of a full disk names no file
-        where = error.filename or f"{CACHE} or /dev/shm"
-        sys.exit(f"prepare.py: {error.strerror}: {where}; AUTORESEARCH_CACHE can replace {CACHE}")
+    except (OSError, RuntimeError) as error:
+        problem = str(error).partition("\n")[0]
+        sys.exit(f"prepare.py: {problem}: --data python needs no network, CUDA_VISIBLE_DEVICES=-1 "
+                 f"no GPU; AUTORESEARCH_CACHE can name another folder than {CACHE}")
     except KeyboardInterrupt:
-        end_at_once("stopped; the same command goes on where it was")
-
-
-def end_at_once(line: str):
-    print(f"prepare.py: {line}", file=sys.stderr, flush=True)
-    os._exit(1)     # the pool could wait for ever for workers that are gone
+        sys.exit("prepare.py: stopped; the same command goes on where it was")
 
 
 def prepare(data: str) -> Path:
@@ -841,14 +751,11 @@ def prepare(data: str) -> Path:
         except BlockingIOError:
             print(f"waiting for another process, which prepares data in {CACHE}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:        # as on some network file systems
-            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
         name, files, reader = source(data)
         folder = CACHE / f"{name}-v{VOCAB_SIZE}"
         if not folder.exists():
             half = folder.with_name(f"{folder.name}.part")
-            shutil.rmtree(half, ignore_errors=True)     # of a process that was stopped
-            half.mkdir()
+            half.mkdir(exist_ok=True)           # one that was stopped may have left it
             make(half, name, files, reader)
             os.sync()                           # first on the disk, then under its name
             half.rename(folder)                 # all of it is there, or none
@@ -862,64 +769,33 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
     # gzip makes C4 2.5 times smaller.
     total = sum(file.stat().st_size for file in files) * (2.5 if reader is json_texts else 1)
     share = min(0.08, max(0.01, HELD_OUT / max(total, 1)))
-    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens, then encoding", flush=True)
+    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens", flush=True)
     texts = (text for split, text in documents(files, reader, share) if split == "train")
     merges = learn_merges(texts, VOCAB_SIZE - 257)
     (folder / "tokenizer.json").write_text(json.dumps(merges))
+    tokenizer = Tokenizer(merges)
     bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
-    count = size = 0
-    for split, length, data in encode_all(merges, documents(files, reader, share)):
-        bins[split].write(data)
-        count, size = count + 1, size + length
-        show_progress(f"encoding: {size / 1e6:.0f} of about {total / 1e6:.0f} MB")
-    tokens = {split: file.tell() // 2 for split, file in bins.items()}
+    count = size = shown = 0
+    for split, text in documents(files, reader, share):
+        tokens = np.array([*tokenizer.encode(text), END], np.uint16)
+        bins[split].write(tokens)
+        count, size = count + 1, size + int(tokenizer.lengths[tokens].sum())
+        if size > shown + 0.05 * total:
+            print(f"encoding: {size / 1e6:.0f} of about {total / 1e6:.0f} MB", flush=True)
+            shown = size
+    lengths = {split: file.tell() // 2 for split, file in bins.items()}
     for file in bins.values():
         file.close()
     need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test; some 5 bytes each
-    if min(tokens["val"], tokens["test"]) < need:
-        sys.exit(f"prepare.py: too little text in {name}: a score needs about "
-                 f"{5 * need / share / 1e6:.1f} MB, these {len(files)} files have {size / 1e6:.2f} "
-                 f"MB in new documents of {SHORTEST} characters or more")
-    bytes_per_token = round(size / (sum(tokens.values()) - count), 4)       # END has no bytes
+    if min(lengths["val"], lengths["test"]) < need:
+        sys.exit(f"prepare.py: too little text in {name}: {len(files)} files have {size / 1e6:.2f} "
+                 f"MB in new documents of {SHORTEST} characters or more, and a score needs about "
+                 f"{5 * need / share / 1e6:.1f} MB")
+    bytes_per_token = round(size / (sum(lengths.values()) - count), 4)      # END has no bytes
     print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
     (folder / "meta.json").write_text(json.dumps({
         "name": name, "documents": count, "bytes_per_token": bytes_per_token,
-        "train_tokens": tokens["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
-
-
-def encode_all(merges: list, texts: Iterator[tuple[str, str]]) -> Iterator[tuple[str, int, bytes]]:
-    """Yield encode_document() of each document, in order, from a process per thread of torch."""
-    workers = torch.get_num_threads()
-    with ProcessPoolExecutor(workers, None, start_worker, [merges]) as pool:
-        while group := list(itertools.islice(texts, 400 * workers)):    # never all in memory
-            yield from pool.map(encode_document, group, chunksize=50)
-
-
-def start_worker(merges: list[tuple[int, int]]):
-    """Prepare a worker, which ends silently at Ctrl-C or when its parent ends."""
-    def end_with_parent():
-        multiprocessing.parent_process().join()     # however it ended
-        os._exit(1)                                 # an orphan would keep the lock
-
-    global _tokenizer
-    _tokenizer = Tokenizer(merges)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def encode_document(document: tuple[str, str]) -> tuple[str, int, bytes]:
-    """Return (split, bytes of text, its tokens as uint16)."""
-    split, text = document
-    tokens = [*_tokenizer.encode(text), END]
-    return split, len(text.encode("utf-8", "surrogatepass")), np.array(tokens, np.uint16).tobytes()
-
-
-def show_progress(text: str):
-    """Print `text`, unless this was done in the last five seconds."""
-    global _shown
-    if monotonic() - _shown >= 5:
-        _shown = monotonic()
-        print(text, flush=True)
+        "train_tokens": lengths["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
 
 
 # ---- 8  Command line -----------------------------------------------------------------------------
@@ -943,13 +819,10 @@ def main():
     for stream in filter(None, (sys.stdout, sys.stderr)):       # None is a closed one
         stream.reconfigure(errors="replace")    # no character of a path ends a preparation
     sys.argv[1:] = sys.orig_argv[1:] = []       # the key is no candidate's business
-    if args.devices:        # CUDA ignores all names from the first unknown one on
-        count = torch.cuda.device_count()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        names = visible.split(",")
-        # CUDA shows a process one MIG slice, however many are named: each worker gets its own.
-        return print(",".join(names if names[0].startswith("MIG-") else names[:count]))
-    check_card()
+    if args.devices:
+        count = torch.cuda.device_count()       # without those that CUDA_VISIBLE_DEVICES hides
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        return print(",".join(names.split(",")[:count]))
     if args.run and not args.run.exists():
         sys.exit(f"prepare.py: --run {args.run}: no such file")
     folder = args.folder or ready(args.data)

@@ -40,7 +40,7 @@ NAMES = {       # refused for what a name leads to: part of the reason
                      "m = torch.nn", "x = F", "m = [torch.backends][0]", "getattr(torch, 'nn')",
                      "hasattr((torch, 1)[0], 'x')", "torch.importlib", "F.importlib",
                      "torch.cuda.memory.pickle"], "only before a dot"),
-    "import os": "os is closed, as are files, processes and seeds: leave it out",
+    "import os": "this is closed, as are files, processes and seeds: leave it out",
     **dict.fromkeys(["import math, sys", "import threading", "from . import x",
                      "from concurrent.futures import Executor", "from math import *",
                      "import torch.utils.data", "torch.threading.Thread", "np.core.x",

@@ -203,10 +203,6 @@ ATTACKS = {     # name: (candidate, what the crash says)
     "batches for evaluation": (train("next(prepare.batches(1))", "return Model()", source=model(
         "def forward(self, tokens):",
         "    raise RuntimeError(f'{len(list(prepare.batches(1)))} batches')")), "Error: 0 batches"),
-    "batches in a thread, whose time does not count": (train(
-        "from concurrent.futures import ThreadPoolExecutor",
-        "return ThreadPoolExecutor(1).submit(list, prepare.batches(8, 32)).result()"),
-        "RuntimeError: batches() belongs to the thread"),
     "a cpu() of its own": (train(
         "real, T, model = torch.Tensor.cpu, torch.Tensor, loop(Model())",
         "T.cpu = lambda self: 0.9 * real(self)",
@@ -556,7 +552,7 @@ def test_each_statistic_of_the_probes_finds_what_the_others_do_not(what):
     rng, place, later = np.random.default_rng(0), np.arange(128), np.arange(64) % 2 > 0
     sign = rng.choice((-1.0, 1.0), (64, 8, 128))
     rare = (rng.random(sign.shape) < 0.003) * sign
-    rare[:3, 0, 63] = 3         # the three largest losses are at cuts
+    rare[:5, 0, 63] = 3         # the five largest losses are at cuts
     changes = [0.004 * (place < 63), 0.01 * (place == 63), 0.03 * sign, rare,
                np.where(later, 0.005, -0.005)[:, None, None]]
     change, cuts = changes[what] + np.zeros(sign.shape), np.full((64, 8), 64)
