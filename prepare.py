@@ -657,7 +657,7 @@ COMMON = 50_000         # words among them that count; 200,000 words make tokens
 class Tokenizer:
     """Text to tokens and back: 0..255 are bytes, 256 + i is `merges[i]`, the last is END.
 
-    >>> Tokenizer([(104, 105)]).encode("hi, hi")
+    >>> Tokenizer([(104, 105)]).encode("hi, hi").tolist()
     [256, 44, 32, 256]
     """
 
@@ -672,12 +672,14 @@ class Tokenizer:
         # 55 MB of code have 11 million words, 240,000 different ones. A million take 300 MB.
         self.encode_word = functools.lru_cache(1_000_000)(self.encode_word)
 
-    def encode(self, text: str) -> list[int]:
-        return [ord(token) for word in WORD.findall(text) for token in self.encode_word(word)]
+    def encode(self, text: str) -> np.ndarray:
+        """Return the tokens of a text, as uint16."""
+        tokens = "".join(map(self.encode_word, WORD.findall(text)))
+        return np.frombuffer(tokens.encode("utf-16-le"), "<u2")
 
     def encode_word(self, word: str) -> str:
         """Return the tokens of a word: of the pairs in it, the earliest learned is merged first."""
-        # A token is the character of its number, so that str.replace() can merge; bytes come first.
+        # Each token is the character with its number, so that str.replace() can merge.
         word = word.encode("utf-8", "surrogatepass").decode("latin-1")
         while mergeable := [a + b for a, b in itertools.pairwise(word) if a + b in self.rank]:
             pair = min(mergeable, key=self.rank.get)
@@ -751,6 +753,8 @@ def prepare(data: str) -> Path:
         except BlockingIOError:
             print(f"waiting for another process, which prepares data in {CACHE}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:        # as on some network file systems
+            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
         name, files, reader = source(data)
         folder = CACHE / f"{name}-v{VOCAB_SIZE}"
         if not folder.exists():
@@ -777,7 +781,7 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
     bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
     count = size = shown = 0
     for split, text in documents(files, reader, share):
-        tokens = np.array([*tokenizer.encode(text), END], np.uint16)
+        tokens = np.append(tokenizer.encode(text), np.uint16(END))
         bins[split].write(tokens)
         count, size = count + 1, size + int(tokenizer.lengths[tokens].sum())
         if size > shown + 0.05 * total:

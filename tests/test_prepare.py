@@ -367,7 +367,7 @@ def test_decode_is_the_inverse_of_encode_and_the_metric_counts_its_bytes(stories
 def test_bytes_are_exact_where_a_token_ends_inside_a_character():
     tokenizer = prepare.Tokenizer([(0x20, 0xC3), (0xF0, 0x9F), (256, 0xA9)])
     tokens = tokenizer.encode(" é è 🙂")
-    assert tokens == [258, 256, 0xA8, 0x20, 257, 0x99, 0x82]
+    assert tokens.tolist() == [258, 256, 0xA8, 0x20, 257, 0x99, 0x82]
     assert tokenizer.lengths[tokens].tolist() == [3, 2, 1, 1, 2, 1, 1]
     assert tokenizer.decode([*tokens, prepare.END]) == " é è 🙂"
     assert tokenizer.lengths.shape == (512,) and tokenizer.lengths[prepare.END] == 0
@@ -403,7 +403,7 @@ def test_merges_and_tokens_are_those_of_counting_and_joining_anew_each_time(stor
                     word[i:i + 2] = [token]
     merges = prepare.learn_merges([text], 200)
     assert merges == expected
-    assert prepare.Tokenizer(merges).encode(text) == [*itertools.chain(*words)]
+    assert prepare.Tokenizer(merges).encode(text).tolist() == [*itertools.chain(*words)]
 
 
 def test_files_of_tokens_hold_exactly_the_documents(c4, stories, monkeypatch):
