@@ -1,13 +1,10 @@
-import inspect
 import itertools
 import os
 import re
 import subprocess
 import sys
-import textwrap
 from xml.etree import ElementTree
 
-import draw
 import pytest
 from conftest import ROOT
 
@@ -231,16 +228,3 @@ def test_a_night_outlives_its_terminal_and_leaves_all_that_was_said_in_a_log(
     assert (result.returncode, result.stdout, result.stderr) == (0, seen, "")
     log = (tmp_path / "runs" / "log.txt").read_text("utf-8")
     assert [line.split(" ", 2)[2] for line in log.splitlines()] == ["ü 词", "2", "3"]
-
-
-def test_the_picture_of_the_readme_is_what_its_ledgers_give():
-    assert draw.picture() == (ROOT / "tests" / "night.svg").read_text("utf-8")
-    claim = ar.read_json(ROOT / "tests" / "night.json")["60"]
-    gain = f"{claim['gain']:.3f} ± {claim['error']:.3f}"
-    assert f"**{gain}**" in (ROOT / "README.md").read_text("utf-8")
-
-
-def test_the_loop_in_the_readme_is_the_code():
-    loop = inspect.getsource(ar.Lab.research).split('"""\n')[1]
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert textwrap.indent(textwrap.dedent(loop), "    ") in readme
