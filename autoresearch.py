@@ -1174,7 +1174,7 @@ FOLDER = Path("runs")
 LOG = FOLDER / "log.txt"
 CONDITIONS = FOLDER / "conditions.json"
 CONFIRMED = FOLDER / "confirmed.json"
-BEGIN_ANEW = f"mkdir -p old && mv {LEDGER} {FOLDER} {PLOT} old/; git checkout {TRAIN}"
+BEGIN_ANEW = f"d=old/$(date +%s); mkdir -p $d; mv {LEDGER} {FOLDER} {PLOT} $d; git checkout {TRAIN}"
 MUST_NOT_CHANGE = ["data", "sha256", "device", "threads", "torch", "budget", "seq_len",
                    "vocab_size", "prepare", "judge"]
 COLUMNS = ["commit", "val_bpb", "memory_gb", "status", "description", "experiment", "by", "runs",

@@ -674,7 +674,7 @@ def test_a_damaged_file_in_runs_gets_one_line(measured, name, damage):
     (measured.folder / "runs" / name).write_text(damage)
     output = measured.drive("--experiments", 1, "--researcher", "search", code=1)
     last = output.splitlines()[-1]
-    assert name in output and "begin anew: mkdir -p old && mv results.tsv" in last
+    assert name in output and "begin anew: d=old/$(date +%s); mkdir -p $d; mv results.tsv" in last
 
 
 def test_an_experiment_that_cannot_be_read_keeps_its_number_and_its_folder(measured):
