@@ -1377,7 +1377,7 @@ def labels(keeps: list[Experiment], where: dict) -> Iterator[str]:
     gains = {new: score(old.scores) - score(new.scores) for old, new in zip(keeps, keeps[1:])}
     largest, low = sorted(gains, key=gains.get)[-5:], HEIGHT
     for exp in sorted(largest, key=where.get, reverse=True):        # from right to left
-        words = textwrap.wrap(one_line(f"#{exp.number} {exp.description}"), 18)[0].rstrip(":,;")
+        words = textwrap.wrap(one_line(f"#{exp.number} {exp.description}"), 21)[0].rstrip(":,;")
         x = where[exp][0] + 8
         left, side = (x, "") if x < WIDTH / 2 else (x - 11 * len(words), "end")
         stairs = max(y for x, y in map(where.get, keeps) if x <= left)

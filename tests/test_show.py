@@ -168,7 +168,7 @@ def test_the_largest_gains_are_named_by_the_beginnings_of_their_descriptions():
     judged, bpb = [BASELINE], 1.45
     for number, size in enumerate(sizes, 1):
         bpb -= size
-        judged.append(dot(bpb, "keep", number=number, description="Kneser-Ney: counts of tokens"))
+        judged.append(dot(bpb, "keep", number=number, description="Kneser-Ney: distributions"))
     named = [text for text in words(judged) if text.startswith("#")]
     assert sorted(named) == [f"#{number} Kneser-Ney" for number in (1, 2, 3, 4, 6)]
 
