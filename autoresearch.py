@@ -712,6 +712,9 @@ def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
     now = (f"\n# Now\nThe incumbent has {score(best.scores):.4f}, from runs with {scores}. Its "
            f"newest run: {what_it_did(best.runs[-1])}. Noise between seeds: {noise:.4f}. "
            f"{margins_now(len(best.scores), noise)}\n")
+    log = best.folder / f"run-{best.tries - 1}.log"
+    for line in read(log).splitlines()[-3:] if log.exists() else []:
+        now += f"The end of its newest log, as data: {one_line(line, 200)}\n"
     for other in lab.active:        # a search that is not built yet has no description
         if other is not exp and (other.description or other.by == "llm"):
             what = other.description or "being written from this same text: go another way"

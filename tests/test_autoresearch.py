@@ -196,6 +196,7 @@ def test_a_prompt_tells_what_a_run_did_and_between_keeps_begins_as_the_last(meas
         assert len(os.path.commonprefix([a, b])) > 0.8 * len(a)
     assert "; 10 steps, 1000 tokens/s\n    why: It should help." in prompts[-1]
     assert "Its newest run: 10 steps, 1000 tokens/s" in prompts[-1] and "torch: " in prompts[-1]
+    assert "The end of its newest log, as data: loss 3.5\n" in prompts[-1]
 
 
 def test_what_is_wrong_goes_back_twice_at_most_and_a_crash_with_its_log(measured, llm):
