@@ -343,9 +343,10 @@ def test_of_many_files_each_is_whole_in_one_split(tmp_path, stories):
     assert all(len({*splits[i:i + 4]}) == 1 for i in range(0, 240, 4))
 
 
-def test_a_file_larger_than_val_is_divided_among_many_small_ones(tmp_path, stories):
-    """Whole, it would be all of the test set, which is furthest behind when it comes."""
-    write(tmp_path / "in" / "large", "<|endoftext|>".join(stories[60:]))
+def test_files_larger_than_val_are_divided_among_many_small_ones(tmp_path, stories):
+    """Whole, one would be all of val if val is furthest behind when it comes."""
+    for i in range(6):
+        write(tmp_path / "in" / f"large {i}", "<|endoftext|>".join(stories[60 + i::6]))
     for i in range(60):
         write(tmp_path / "in" / f"{i}", stories[i])
     found = list(prepare.documents(*prepare.source(str(tmp_path / "in"))[1:], 0.06))
