@@ -1,14 +1,13 @@
 """The fixed part: data, tokenizer, batches, the clock and the metric.
 
-    python prepare.py                     # take the last data set; the first time c4 or python
+    python prepare.py                     # the last data set; at first c4 (CUDA) or python
     python prepare.py --data python       # the sources of Python, torch and numpy; no network
     python prepare.py --data tinystories  # children's stories, 2.2 GB
     python prepare.py --data c4:8         # eight shards of web text, 0.8 GB each
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
 
-Nobody edits this file during research. A train.py can do what you can; README.md has a sandbox.
+Nobody edits this file during research. A train.py runs with your rights; README.md shows a sandbox.
 """
-# ruff: noqa: E402  (what has to be done before torch is imported stands before it)
 
 import argparse
 import ast
@@ -37,7 +36,7 @@ from pathlib import Path
 from time import monotonic, sleep, thread_time  # so patching time.monotonic changes nothing
 
 BEGAN = monotonic()     # before the seconds that torch takes to import
-# Threads that spin while they wait made a run on a busy machine 15 times slower. torch reads this.
+# Read by torch. Threads that spin while they wait made runs on a busy machine 15 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -46,39 +45,28 @@ import torch
 from torch.nn.functional import cross_entropy
 
 # ---- 1  Scale: most constants have one value for CUDA, and one for all else ----------------------
-
 DEVICE = ("cuda" if torch.cuda.is_available() else
           "mps" if torch.backends.mps.is_available() else "cpu")
 CUDA = DEVICE == "cuda"
 SEQ_LEN = 2048 if CUDA else 256        # tokens in a window: of evaluation; of training by default
 VOCAB_SIZE = 8192 if CUDA else 2048    # tokens: 256 bytes, the merges, one that ends a document
-BUDGET = 300 if CUDA else 60           # seconds of training in a run
+BUDGET = 300 if CUDA else 60           # seconds of training in a run; section 2 says which
 DEFAULT_DATA = "c4" if CUDA else "python"
-
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
-EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in val and in test, if there are so many
+EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in val and in test, at most
 MIN_WINDOWS = 64           # below this a score would say little
 # After the last batch train() may go on for max(OVERTIME * budget, ONE_STEP) seconds.
 OVERTIME = 0.02            # a share of the budget; training on for it gains 0.002 bpb
-ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0
+ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # seconds that a step may take
 HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that slow evaluation calls may waste in all
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
 EVAL_LIMIT = 300           # wall-clock seconds for evaluation
-
 END = VOCAB_SIZE - 1       # the token that ends a document; it stands for no bytes
-# Without a home folder, expanduser() changes nothing.
-CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or
+CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or        # without a home, "~" is left as it is
              os.path.expanduser("~/.cache/autoresearch").replace("~/", "/tmp/"))
 
 
-def sha256(paths: list[Path]) -> str:
-    """Return one fingerprint of the contents of files, none of them empty."""
-    each = [hashlib.sha256(np.memmap(path, mode="r")).digest() for path in paths]
-    return hashlib.sha256(b"".join(each)).hexdigest()
-
-
 # ---- 2  The clock: it starts with the first batch and ends the loop over batches() at the budget -
-
 # On a CPU: the time of the thread that calls train(), which other programs cannot change.
 seconds_now = thread_time if DEVICE == "cpu" else monotonic
 synchronize = torch.cpu.synchronize if DEVICE == "cpu" else torch.accelerator.synchronize
@@ -100,33 +88,34 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
     """Yield (x, y, progress) until the budget is spent.
 
     x, y: int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t]. progress: the
-    share of the budget that is spent, in [0, 1). The first batch starts the clock.
+    share of the budget that is spent, in [0, 1). The first batch starts `_clock`, of measure().
     """
     clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.rng)
     if not 0 < seq_len < len(clock.tokens) // 2:
         raise ValueError(f"seq_len {seq_len}: there are {len(clock.tokens)} tokens to train on")
     while True:
-        if clock.start is None:         # before the first look at the data
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("batches() belongs to the thread that calls train()")
+        if clock.start is None:         # so that making the first batch counts, too
             synchronize()
-            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # CPU budget is no wall-clock time
+            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # a CPU's budget is thread time
             clock.tell("training", limit=most * clock.budget + 10)
             clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
-        batch = np.stack(list(itertools.islice(windows, batch_size))).astype(np.int64)
-        pinned = torch.from_numpy(batch).pin_memory() if CUDA else torch.from_numpy(batch)
-        batch = pinned.to(DEVICE, non_blocking=True)
-        # The CPU prepares a step while the GPU computes the one before, so that it is never idle.
+        batch = torch.from_numpy(np.stack([*itertools.islice(windows, batch_size)])).long()
+        batch = (batch.pin_memory() if CUDA else batch).to(DEVICE, non_blocking=True)
+        # The CPU prepares a step while the GPU computes the one before, so it is never idle.
         if CUDA and clock.steps > 1:
-            clock.done.synchronize()    # recorded at the last call: waits for all but the last step
+            clock.done.synchronize()    # recorded one call ago: only the newest step may still run
             clock.done.record()
         elif clock.steps:
             synchronize()
         now = seconds_now() - clock.start
-        # A step takes about as long as the last one, which on a GPU is still running, too.
+        # A step takes about as long as the last one, which on CUDA still runs.
         if now + (now - clock.last) * (2 if CUDA else 1) >= clock.budget:
             break
         if clock.steps == 0 or int(now) > int(clock.last):      # once per second
-            speed = clock.seen / (now or 1)
-            clock.tell("progress", share=now / clock.budget, tokens_per_second=speed)
+            clock.tell("progress", share=now / clock.budget,
+                       tokens_per_second=clock.seen / (now or 1))
         clock.last = now
         clock.steps += 1
         clock.seen += batch_size * seq_len
@@ -134,9 +123,9 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
 
 
 def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield windows of length + 1 tokens forever; each epoch cuts the text at a new offset."""
+    """Yield windows of length + 1 tokens forever; each epoch has a new offset."""
     # Five windows come in the order 0, 2, 4, 1, 3: wherever a run ends, it has seen all parts of
-    # the text alike. So scores of runs of equally many steps scatter by 0.0025 bpb, not 0.006.
+    # the text alike. In random order, scores scatter by 0.006 bpb, not by 0.0025.
     golden_ratio = (1 + 5 ** 0.5) / 2       # its multiples, modulo 1, are spread most evenly
     while True:
         offset = rng.integers(length)
@@ -146,7 +135,6 @@ def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Itera
 
 
 # ---- 3  The metric: bits per byte of held-out text, and the probes that make it worth believing --
-
 def bits_per_byte(nats: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> float:
     """Return the bits that a model needs for a byte of text: sum of -log2 p / sum of bytes.
 
@@ -163,37 +151,38 @@ class Invalid(Exception):
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: float = 0) -> dict:
-    """Return {split: bits per byte}; slack: seconds that may be put off until here. Or Invalid."""
+    """Return {split: bits per byte}; `slack` seconds may be put off until here. Raises Invalid."""
+    if "torch._dynamo" in sys.modules:      # compiling for other shapes would take a minute
+        torch.compiler.set_stance("force_eager")
     rng = np.random.default_rng()       # seeded by the system, so that no candidate knows it
     windows = min(EVAL_WINDOWS, *((len(tokens) - 1) // SEQ_LEN for tokens in splits.values()))
     windows -= windows % EVAL_ROWS
-    text = [tokens[(len(tokens) - 1) // windows * i:][:SEQ_LEN + 1]     # from all over the text
-            for tokens in splits.values() for i in range(windows)]
-    text = np.stack(text).reshape(-1, EVAL_ROWS, SEQ_LEN + 1).astype(np.int64)
-    x, y = text[..., :-1].copy(), text[..., 1:].copy()
+    chosen = [tokens[(len(tokens) - 1) // windows * i:][:SEQ_LEN + 1]   # from all over the text
+              for tokens in splits.values() for i in range(windows)]
+    chosen = np.stack(chosen).reshape(-1, EVAL_ROWS, SEQ_LEN + 1).astype(np.int64)
+    x, y = chosen[..., :-1], chosen[..., 1:]
     cuts = choose_cuts(*x.shape, rng)
-    times = [seconds_now()]             # and then one more after each call
+    moments = [seconds_now()]           # and then one more after each call
     # The first call has random tokens, and no score: some models convert their weights in it.
     token_nats(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0], rng)
     try:
         models = model, copy.deepcopy(model)    # the copy cannot remember what the model answered
     except Exception:                           # some models cannot be copied; probe the model
         models = model, model
-    times.append(seconds_now())
-    nats = np.empty((2, *x.shape))
-    turns = np.empty((2, len(x)))
+    moments.append(seconds_now())
+    nats, turns = np.empty((2, *x.shape)), np.empty((2, len(x)))
     # In a random order, so that a model cannot tell a score (probe = 0) from a probe (probe = 1).
     for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
         tokens, rows = x[i], rng.permutation(EVAL_ROWS)
-        if probe:       # other rows replace what follows the cuts: drawing above choose_cuts()
+        if probe:       # see the drawing in choose_cuts()
             other = rng.permutation(x[i - rng.integers(1, len(x))])
             tokens = np.where(np.arange(SEQ_LEN) < cuts[i, :, None], tokens, other)
         nats[probe, i, rows] = token_nats(models[probe], tokens[rows], y[i, rows], rng)
-        turns[probe, i] = len(times)
-        times.append(seconds_now())
+        turns[probe, i] = len(moments)
+        moments.append(seconds_now())
     refuse_leaks(nats[1] - nats[0], cuts, turns[1] > turns[0])
-    seconds = np.diff(times)
-    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # what slow calls took too long
+    seconds = np.diff(moments)
+    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # seconds beyond 5 medians
     if not put_off <= max(slack, HICCUP):
         raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
     parts = zip(splits, np.split(nats[0], len(splits)), np.split(y, len(splits)))
@@ -206,12 +195,11 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.
     # This is the only call of the candidate's model. It may write into its copy of x.
     logits = model(torch.from_numpy(x).to(DEVICE, copy=True))
     refuse_patches()
-    if type(logits) is not torch.Tensor:
-        raise Invalid(f"not a plain tensor of logits, but {type(logits).__name__}")
+    plain = type(logits) is torch.Tensor and torch.is_floating_point(logits)
+    if not plain or logits.shape != (*x.shape, VOCAB_SIZE):
+        got = f"{type(logits).__name__} {getattr(logits, 'shape', '')}"
+        raise Invalid(f"not a plain tensor of floating-point logits, but {got}")
     logits = torch.Tensor.detach(logits)    # without attributes that a candidate may have set
-    shape = *x.shape, VOCAB_SIZE
-    if logits.shape != shape or not logits.is_floating_point():
-        raise Invalid(f"not floating-point logits {shape}, but {logits.dtype} {logits.shape}")
     targets = torch.from_numpy(y).flatten().to(DEVICE)
     nats = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
     nats = nats.view(y.shape).cpu()
@@ -220,17 +208,17 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.
     return nats.numpy()
 
 
-# A probe asks about a row again, and from a cut on lets it go on as a row of another batch does:
-#
-#     row      the  cat  sat  on      the  mat
-#     probe    the  cat  sat  rained  all  day     cut = 3
-#
-# The first 3 predictions, of "cat", "sat" and "on", had the same tokens to go by, and may not
-# change. The rows of each call also change places, so that each has other neighbours.
-
-
 def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Return where each row of each probe is cut: (probes, rows), in 1 ... length."""
+    """Return where each row of each probe is cut: (probes, rows), in 1 ... length.
+
+    A probe asks about a row again, and from a cut on lets it go on as a row of another batch does:
+
+        row      the  cat  sat  on      the  mat
+        probe    the  cat  sat  rained  all  day     cut = 3
+
+    The first 3 predictions, of "cat", "sat" and "on", had the same tokens to go by, and may not
+    change. The rows of each call also change places, so that each has other neighbours.
+    """
     # Almost half of the rows are cut where chunks of 2, 4, 8, ... tokens end: sums over chunks
     # leak there. Others are cut all over. One row is whole: it shows other rows and calls.
     chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
@@ -240,23 +228,23 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
     return rng.permuted(cuts, axis=1)
 
 
-# Rounding changes predictions too: in bf16 by 0.01, and by 1 in a few tokens. It has no direction
-# and no place. What is gained by seeing too much has both. Example: where a chunk of 64 tokens ends
-# one token too late, the prediction before a cut loses 0.06 nats; the mean over all, 0.0004.
+# Rounding changes predictions too: in bf16 by 0.01, and by 1 in a few tokens. It favours no sign
+# and no place; a leak favours both. Example: where a chunk of 64 tokens ends one token too late,
+# the prediction before a cut loses 0.06 nats; the mean over all, 0.0004.
 BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below the noise of seeds
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
-SPREAD = 0.02       # nats: limit of the mean size, and of the median at cuts; bf16 has half
+SPREAD = 0.02       # nats: limit of mean |loss|, and of its median at cuts; bf16 reaches half
 LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-ties are no leak
 GATHERED = 4        # at most so many of the 16 largest losses may be at cuts
 
 
 def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
-    """Raise Invalid if predictions lost, in nats (P, B, T), more than rounding takes."""
+    """Raise Invalid if a probe costs predictions more nats (P, B, T) than rounding does."""
     to_cut = cuts[..., None] - np.arange(loss.shape[-1])
     stays = to_cut > 0              # a prediction from tokens before the cut alone
     small = loss.clip(-LARGEST, LARGEST)
     before, at_cut = small[stays], small[to_cut == 1]
-    # A model that learns from call to call does better, so it loses less, in the later call.
+    # The mean of this is above 0 for a model that learns from call to call.
     learned = (small * np.where(probed_later, 1, -1)[:, None, None])[stays]
     sigma = np.sqrt(np.square(before).mean())
     unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
@@ -266,21 +254,15 @@ def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
     largest = np.argsort(-loss[stays])[:16]
     gathered = ((to_cut[stays] == 1) & (loss[stays] > SPREAD))[largest].sum()
     if not (unbiased and spread <= SPREAD and gathered <= GATHERED):        # a NaN is refused
-        raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions: by "
+        raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions, by "
                       f"{at_cut.mean():+.4f} nats just before them, {before.mean():+.4f} in all, "
-                      f"{spread:.4f} in size, {learned.mean():+.4f} from call to call; logits may "
-                      f"depend on tokens[:t+1] of their row alone (fp8 by batch mixes rows)")
+                      f"{spread:.4f} in size, {learned.mean():+.4f} from call to call")
 
 
 # ---- 4  One run: a fresh process, whose main is this file and never the candidate ----------------
-
-# The candidate runs in the process that judges it, and knows a stub of this file with four names.
-# The driver believes only lines that begin with the run's key, which main() hides from a candidate.
-
 MODULES = """__future__ bisect cmath collections contextlib copy dataclasses enum functools gc
     heapq itertools json math numpy operator prepare random re statistics string time torch types
     typing warnings""".split()
-
 CONTRACT = f"""- The score, val_bpb, is the bits per byte of validation text: lower is better.
 - Imports: {", ".join(MODULES)}.
   Files, processes, threads and the environment are closed, and the driver sets all seeds: leave out
@@ -303,17 +285,23 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
     """Measure a train.py and return the exit code: 0 only after a report."""
     out = os.fdopen(os.dup(1), "w", buffering=1)    # a candidate can replace sys.stdout, not this
     encode = json.JSONEncoder().encode              # not json.dumps, whose encoder it can reach
-
     # The events are setup, training, progress, evaluation, then report or crash. One with a limit
     # begins a phase; the next phase has to begin within so many wall-clock seconds.
     def tell(event: str, **values):
         if key:
             out.write(f"\n{key} {encode({'event': event, **values})}\n")
-
     if key:
         threading.Thread(target=end_with_driver, args=[os.dup(0)], daemon=True).start()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() sees an empty file
-    tell("setup", limit=SETUP_LIMIT, contract=CONTRACT, **conditions(folder, budget))
+    meta = json.loads((folder / "meta.json").read_text())
+    # The driver compares no runs where these differ, and an LLM reads them.
+    conditions = meta | {
+        "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
+        "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if CUDA else DEVICE,
+        "processor": f"{os.uname().machine}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads() if DEVICE == "cpu" else 0}
+    tell("setup", limit=SETUP_LIMIT, contract=CONTRACT, **conditions)
     try:
         report = measure(path, seed, budget, folder, tell)
         tell("report", **report)
@@ -333,13 +321,20 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
 
 def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> dict:
     """Train the train.py at `path` once, and return the report. Raises what train() raises."""
-    global _clock       # batches() hands out what is left of it
+    global _clock       # batches() hands out what is left of its budget
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
     lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths
     clock = _clock = Clock(data.pop("train"), seed, budget, tell)
     for set_seed in torch.manual_seed, np.random.seed, random.seed:
         set_seed(seed)
-    model = load_candidate(path).train()
+    stub = sys.modules["prepare"] = sys.modules["__main__"] = types.ModuleType("prepare")
+    stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
+    code = path.read_text(encoding="utf-8")
+    refuse_source(code)
+    candidate = sys.modules["candidate"] = types.ModuleType("candidate")
+    candidate.__file__ = str(path)
+    exec(compile(code, path, "exec"), vars(candidate))
+    model = candidate.train()
     if not isinstance(model, torch.nn.Module):
         raise Invalid(f"train() returned {type(model).__name__}, not a torch.nn.Module")
     model.eval()        # it may run code of the model, so the clock is read after it
@@ -348,7 +343,7 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
         raise Invalid("train() returned without drawing a batch from prepare.batches()")
     train_seconds = seconds_now() - clock.start
     slack = budget + max(OVERTIME * budget, ONE_STEP) - train_seconds
-    if not (slack >= 0 and train_seconds > 0):
+    if slack < 0:
         raise Invalid(f"overtime: train() took {train_seconds:.1f} s of a budget of {budget:g} s")
     refuse_patches()
     clock.budget = 0.0      # no loop over batches() goes on from here
@@ -357,55 +352,23 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     memory = (torch.cuda.max_memory_allocated() if CUDA else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     num_params = sum(p.numel() for p in torch.nn.Module.parameters(model))
-    if "torch._dynamo" in sys.modules:      # compiling for other shapes would take a minute
-        torch.compiler.set_stance("force_eager")
-    now = monotonic()
     bpb = evaluate(model, data, lengths, slack)
     return {"val_bpb": bpb["val"], "test_bpb": bpb["test"], "train_seconds": train_seconds,
-            "startup_seconds": clock.startup, "eval_seconds": monotonic() - now,
-            "total_seconds": monotonic() - BEGAN, "peak_memory_mb": memory / 1e6,
-            "num_steps": clock.steps, "num_tokens": clock.seen,
+            "startup_seconds": clock.startup, "total_seconds": monotonic() - BEGAN,
+            "peak_memory_mb": memory / 1e6, "num_steps": clock.steps, "num_tokens": clock.seen,
             "epochs": round(clock.seen / len(clock.tokens), 3), "num_params": num_params}
-
-
-def load_candidate(path: Path) -> types.ModuleType:
-    """Return the candidate as a module, after a look at its source. It sees a stub of this file."""
-    stub = types.ModuleType("prepare")
-    stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
-    sys.modules["prepare"] = sys.modules["__main__"] = stub
-    source = path.read_text(encoding="utf-8")
-    refuse_source(source)
-    candidate = sys.modules["candidate"] = types.ModuleType("candidate")
-    candidate.__file__ = str(path)
-    exec(compile(source, path, "exec"), vars(candidate))
-    return candidate
-
-
-def conditions(folder: Path, budget: float) -> dict:
-    """Return what makes two scores comparable, and what a researcher should know of the machine."""
-    meta = json.loads((folder / "meta.json").read_text())
-    return meta | {
-        "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
-        "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if CUDA else DEVICE,
-        "processor": f"{os.uname().machine}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads() if DEVICE == "cpu" else 0,
-        "bf16": (torch.cuda.is_bf16_supported(including_emulation=False) if CUDA else
-                 DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported())}
 
 
 def end_with_driver(pipe: int):
     """End this process and its children when the driver, which holds `pipe` open, ends."""
-    if os.read(pipe, 1):                # hello; some launchers bring no stdin
-        open(pipe, "rb").read()         # returns at the end
-        os.kill(0, signal.SIGKILL)      # 0: all of the own process group
-        os._exit(1)                     # the first process of a container survives that
+    if os.read(pipe, 1):            # the driver's first byte; without one, nobody holds the pipe
+        open(pipe, "rb").read()     # returns at the end
+        os.kill(0, signal.SIGKILL)  # 0: all of the own process group
+        os._exit(1)                 # the first process of a container survives that
 
 
-# The guard stops sloppy and score-gaming candidates, not malware. Before a run, refuse_source()
-# looks at each word of a candidate, and at what its imported names lead to. Later, after each call
-# of its model, refuse_patches() checks that the functions of the judge are what they were.
-
+# The guard stops sloppy and score-gaming candidates, not malware. refuse_source() reads them first.
+# After train() and each call of the model, refuse_patches() looks for functions that changed.
 DUNDERS = """add|call|class|constants|doc|enter|exit|file|future|getitem|init|iter|len|main|name|
     new|next|post_init|repr|setitem|slots|str|version"""    # harmless ones
 REFUSED = [     # a pattern for what uses() yields, and why it is refused
@@ -432,9 +395,9 @@ REFUSED = [     # a pattern for what uses() yields, and why it is refused
      "this is closed, as are files, processes and seeds: leave it out")]
 
 
-def refuse_source(source: str):
+def refuse_source(code: str):
     """Raise Invalid if a candidate's words, or what its names lead to, are closed to it."""
-    tree = ast.parse(source)
+    tree = ast.parse(code)
     for node in ast.walk(tree):     # rewrite harmless forms, so that no rule below matches them
         match node:
             case ast.Expr(ast.Constant(str())):             # a docstring
@@ -448,7 +411,7 @@ def refuse_source(source: str):
     for node, use in uses(list(ast.walk(tree))):
         for pattern, why in REFUSED:
             if re.search(pattern, use):
-                line = source.split("\n")[node.lineno - 1].strip()
+                line = code.split("\n")[node.lineno - 1].strip()
                 raise Invalid(f"not allowed in line {node.lineno}: {line}: {why}")
 
 
@@ -475,7 +438,7 @@ def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
 
 
 def resolve(node: ast.AST, path: str) -> Iterator[tuple[ast.AST, str]]:
-    """Yield what a path leads past, modules by their own names: torch.os.system leads past os."""
+    """Yield each prefix of a path, with modules by their real names: torch.os is os."""
     value = None
     for name in path.split("."):
         place = f"{value.__name__}.{name}" if value else name
@@ -490,12 +453,12 @@ def resolve(node: ast.AST, path: str) -> Iterator[tuple[ast.AST, str]]:
 
 
 def functions() -> set[tuple]:
-    """Return (owner, name, function) of all in the owners that the judge's functions come from."""
+    """Return (owner, name, function) of all functions of the judge's modules."""
     owners = (*torch.Tensor.__mro__, torch.nn.Module, torch, torch.nn.functional, torch._C._nn,
-              np, np.random, math, json, json.encoder, json.JSONEncoder)
-    by_torch = "manual_seed", "__init__", "__setstate__"    # torch itself replaces these
+              np, np.random, copy, math, json, json.encoder, json.JSONEncoder)
+    changing = "manual_seed", "__init__", "__setstate__"    # torch itself replaces these
     return {(owner, name, value) for owner in owners for name, value in vars(owner).items()
-            if callable(value) and name not in by_torch}
+            if callable(value) and name not in changing}
 
 
 BEFORE = functions()
@@ -509,20 +472,79 @@ def refuse_patches():
         raise Invalid(f"a patch of {place}.{name}: leave it as it is")
 
 
-# ---- 5  Documents: a source is a list of files, and a function that yields the documents of one --
-
+# ---- 5  Data: documents from a source, as one flat file of tokens per split ----------------------
 SPLITS = "train", "val", "test"
-PIECE = 20_000      # characters: a longer text is cut at line ends into documents of about this
-SHORTEST = 64       # characters: a document with less than this is dropped
-MANY_FILES = 50     # from so many files on, each file is whole in one split
-LAST_PAUSE = 64     # a failed download is tried again after 1, 4, 16 and 64 seconds
-# Folders of libraries: tests are not in every installation, and tables are near copies of another.
+PIECE = 20_000      # characters: longer texts are cut at line ends about so far apart
+SHORTEST = 64       # characters: shorter documents are dropped
+HELD_OUT = 1_000_000    # bytes of text for val, and for test; but from 1% to 8% of all text
+MANY_FILES = 50     # from so many on, files are whole in one split
+# Folders of libraries: not each installation has tests; lists of codes are near copies.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "testing",
            "encodings", "pydoc_data", "serialized_patterns"}
 
 
+def prepare(data: str | None) -> Path:
+    """Make `data` ready and return its folder. Without `data`: the last one, or the default."""
+    last = CACHE / f"current-v{VOCAB_SIZE}"
+    if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
+        return CACHE / last.read_text()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("a" if os.access(CACHE, os.W_OK) else "r") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which prepares data in {CACHE}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:        # as on some network file systems
+            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
+        name, files, reader = source(data or DEFAULT_DATA)
+        folder = CACHE / f"{name}-v{VOCAB_SIZE}"
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.part")
+            unfinished.mkdir(exist_ok=True)     # one that was stopped may have left it
+            make(unfinished, name, files, reader)
+            unfinished.rename(folder)           # all of it is there, or none
+        if lock.writable():     # else it is a cache of others
+            last.write_text(folder.name)
+    return folder
+
+
+def make(folder: Path, name: str, files: list[Path], reader: Callable):
+    """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
+    # gzip makes C4 2.5 times smaller.
+    total = sum(file.stat().st_size for file in files) * (2.5 if reader is json_texts else 1)
+    share = min(0.08, max(0.01, HELD_OUT / max(total, 1)))
+    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens", flush=True)
+    texts = (text for split, text in documents(files, reader, share) if split == "train")
+    merges = learn_merges(texts, VOCAB_SIZE - 257)
+    (folder / "tokenizer.json").write_text(json.dumps(merges))
+    tokenizer = Tokenizer(merges)
+    bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
+    count = size = shown = 0
+    for split, text in documents(files, reader, share):
+        tokens = np.append(tokenizer.encode(text), np.uint16(END))
+        bins[split].write(tokens)
+        count, size = count + 1, size + int(tokenizer.lengths[tokens].sum())
+        if size > shown + 0.05 * total:
+            print(f"encoding: {size / 1e6:.0f} of about {total / 1e6:.0f} MB", flush=True)
+            shown = size
+    sizes = {split: file.tell() // 2 for split, file in bins.items()}
+    for file in bins.values():
+        file.close()
+    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test; some 5 bytes each
+    if min(sizes["val"], sizes["test"]) < need:
+        sys.exit(f"prepare.py: too little text in {name}: {len(files)} files have {size / 1e6:.2f} "
+                 f"MB in new documents of {SHORTEST} characters or more, and a score needs about "
+                 f"{5 * need / share / 1e6:.1f} MB")
+    bytes_per_token = round(size / (sum(sizes.values()) - count), 4)      # END has no bytes
+    print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
+    (folder / "meta.json").write_text(json.dumps({
+        "name": name, "documents": count, "bytes_per_token": bytes_per_token,
+        "train_tokens": sizes["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
+
+
 def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
-    """Return (name, files, what yields the documents of a file), and download what is missing."""
+    """Return (name, files, what yields the documents of one), and download what is missing."""
     if data == "tinystories":
         stories = "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
         return data, [download(stories)], text_pieces
@@ -545,17 +567,16 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
                  f"from 1 to 1024 shards, or a file or folder that exists")
     good = [file for file in files if is_text(file)]
     if len(good) < len(files):
-        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: they are empty, "
-              f"closed to you, links to folders, compressed or not in UTF-8", flush=True)
+        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: empty, closed to "
+              f"you, links to folders, compressed or not in UTF-8", flush=True)
     return f"{name}-{sha256(good)[:8]}", good, text_pieces
 
 
 def is_text(path: Path) -> bool:
     """Return whether all of a file is UTF-8, without a zero byte at its start, as UTF-16 has."""
     try:
-        if not path.is_file() or not path.stat().st_size:
-            return False
-        return not ["\0" in piece for piece in text_pieces(path, "strict")][0]
+        full = path.is_file() and path.stat().st_size > 0
+        return full and "\0" not in list(text_pieces(path, "strict"))[0]    # reads all of it
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -587,16 +608,18 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
     """Yield (split, text) of each document, always in one order. val and test get `share` each."""
     seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    # Parts of a file are alike, and so are neighbours: many files are shuffled, and not divided.
-    whole_files = reader is text_pieces and len(files) >= MANY_FILES
-    for file in random.Random(0).sample(files, len(files)) if whole_files else files:
-        split = ""
+    # Parts of a file are alike, and so are neighbours: many files are shuffled, each whole in one
+    # split, unless it is larger than val.
+    many = reader is text_pieces and len(files) >= MANY_FILES
+    total = sum(file.stat().st_size for file in files)
+    for file in random.Random(0).sample(files, len(files)) if many else files:
+        whole, split = many and file.stat().st_size <= share * total, ""
         for text in reader(file):
             if len(text.strip()) < SHORTEST or hash(text) in seen:
                 continue
             seen.add(hash(text))    # all that stays in memory: 100 bytes per document
             # The split that is furthest behind: val and test come from all over the text.
-            if not (split and whole_files):
+            if not (split and whole):
                 split = min(SPLITS, key=lambda s: size[s] / shares[s])
             size[split] += len(text)
             yield split, text
@@ -606,18 +629,17 @@ def download(address: str) -> Path:
     """Fetch a file of the hub, unless it is there; go on where an earlier try stopped."""
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
     path = CACHE / "downloads" / Path(address).name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, pause = path.with_name(f"{path.name}.part"), 1
+    path.parent.mkdir(exist_ok=True)
+    part, pauses = path.with_name(f"{path.name}.part"), [1, 4, 16, 64]      # seconds
     while not path.exists():
         try:
             fetch_rest(f"{hub}/datasets/{address}", part)
             part.replace(path)
         except requests.RequestException as error:
-            if pause > LAST_PAUSE:
+            if not pauses:
                 raise
-            print(f"{path.name}: {error}; again in {pause} s", file=sys.stderr)
-            sleep(pause)
-            pause *= 4
+            print(f"{path.name}: {error}; again in {pauses[0]} s", file=sys.stderr)
+            sleep(pauses.pop(0))
     return path
 
 
@@ -631,16 +653,21 @@ def fetch_rest(url: str, path: Path):
         answer.raise_for_status()
         chunks = answer.iter_content(1 << 16)       # raises if less comes than was announced
         first = next(chunks, b"")
-        # The page of a network's login says that it is the file.
+        # A network's login page comes with status 200, like the file.
         if not first or re.match(rb"\s*<(!doctype|html)", first, re.IGNORECASE):
             raise requests.ConnectionError("a web page came, or nothing")
-        if answer.status_code != 206:       # it ignores Range, and brings all of the file
+        if answer.status_code != 206:       # it ignores Range and brings all
             file.truncate(0)
         file.writelines(itertools.chain([first], chunks))
 
 
-# ---- 6  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
+def sha256(paths: list[Path]) -> str:
+    """Return one fingerprint of the contents of files, none of them empty."""
+    each = [hashlib.sha256(np.memmap(path, mode="r")).digest() for path in paths]
+    return hashlib.sha256(b"".join(each)).hexdigest()
 
+
+# ---- 6  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
 # Every character falls into exactly one word, as in GPT-2. A letter keeps its marks: \w lacks them,
 # and the vowels of Hindi and Thai are marks. Words are bounded, so that encoding stays linear.
 MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
@@ -651,7 +678,7 @@ WORD = re.compile(rf"""(?x)
     | \s{{1,64}}(?!\S)                          # white space, without the last before a word
     | \s                                        # this last one, if the word did not take it""")
 SAMPLE = 64_000_000     # characters of training text that the merges are learned from
-COMMON = 50_000         # words among them that count; 200,000 words make tokens no longer
+COMMON = 50_000         # words among them that count; 200,000 give tokens of the same length
 
 
 class Tokenizer:
@@ -669,8 +696,7 @@ class Tokenizer:
             self.bytes.append(self.bytes[left] + self.bytes[right])
         self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
         self.lengths = np.array([len(data) for data in self.bytes])
-        # 55 MB of code have 11 million words, 240,000 different ones. A million take 300 MB.
-        self.encode_word = functools.lru_cache(1_000_000)(self.encode_word)
+        self.encode_word = functools.lru_cache(1_000_000)(self.encode_word)     # 300 MB in memory
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of a text, as uint16."""
@@ -696,8 +722,7 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
     counter, characters = collections.Counter(), 0
     for text in texts:
         counter.update(WORD.findall(text))
-        characters += len(text)
-        if characters > SAMPLE:
+        if (characters := characters + len(text)) > SAMPLE:
             break
     common = counter.most_common(COMMON)
     words = [word.encode("utf-8", "surrogatepass").decode("latin-1") for word, _ in common]
@@ -708,7 +733,6 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
         for a, b in itertools.pairwise(words[i]):
             counts[a + b] += times
             where[a + b].add(i)
-
     for i, (_, times) in enumerate(common):
         count_pairs(i, times)
     merges = []
@@ -722,88 +746,7 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
     return merges
 
 
-# ---- 7  Tokens: the documents of each split as one flat file of uint16 ---------------------------
-
-HELD_OUT = 1_000_000    # bytes of text for val, and for test; but 1% of all text to 8% of it
-
-
-def ready(data: str | None) -> Path:
-    """Return the folder of `data`; without it of what was prepared last, or of the default data."""
-    try:
-        torch.ones(1, device=DEVICE)    # the smallest of kernels: does torch know this GPU?
-        last = CACHE / "current"
-        if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
-            return CACHE / last.read_text()
-        return prepare(data or DEFAULT_DATA)
-    except (OSError, RuntimeError) as error:
-        problem = str(error).partition("\n")[0]
-        sys.exit(f"prepare.py: {problem}: --data python needs no network, CUDA_VISIBLE_DEVICES=-1 "
-                 f"no GPU; AUTORESEARCH_CACHE can name another folder than {CACHE}")
-    except KeyboardInterrupt:
-        sys.exit("prepare.py: stopped; the same command goes on where it was")
-
-
-def prepare(data: str) -> Path:
-    """Make `data` ready, unless it is, and return its folder."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    may_write = os.access(CACHE, os.W_OK)       # others' data may be there to be read
-    with (CACHE / "lock").open("a" if may_write else "r") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which prepares data in {CACHE}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:        # as on some network file systems
-            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
-        name, files, reader = source(data)
-        folder = CACHE / f"{name}-v{VOCAB_SIZE}"
-        if not folder.exists():
-            half = folder.with_name(f"{folder.name}.part")
-            half.mkdir(exist_ok=True)           # one that was stopped may have left it
-            make(half, name, files, reader)
-            os.sync()                           # first on the disk, then under its name
-            half.rename(folder)                 # all of it is there, or none
-        if may_write:
-            (CACHE / "current").write_text(folder.name)
-    return folder
-
-
-def make(folder: Path, name: str, files: list[Path], reader: Callable):
-    """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
-    # gzip makes C4 2.5 times smaller.
-    total = sum(file.stat().st_size for file in files) * (2.5 if reader is json_texts else 1)
-    share = min(0.08, max(0.01, HELD_OUT / max(total, 1)))
-    print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens", flush=True)
-    texts = (text for split, text in documents(files, reader, share) if split == "train")
-    merges = learn_merges(texts, VOCAB_SIZE - 257)
-    (folder / "tokenizer.json").write_text(json.dumps(merges))
-    tokenizer = Tokenizer(merges)
-    bins = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
-    count = size = shown = 0
-    for split, text in documents(files, reader, share):
-        tokens = np.append(tokenizer.encode(text), np.uint16(END))
-        bins[split].write(tokens)
-        count, size = count + 1, size + int(tokenizer.lengths[tokens].sum())
-        if size > shown + 0.05 * total:
-            print(f"encoding: {size / 1e6:.0f} of about {total / 1e6:.0f} MB", flush=True)
-            shown = size
-    lengths = {split: file.tell() // 2 for split, file in bins.items()}
-    for file in bins.values():
-        file.close()
-    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test; some 5 bytes each
-    if min(lengths["val"], lengths["test"]) < need:
-        sys.exit(f"prepare.py: too little text in {name}: {len(files)} files have {size / 1e6:.2f} "
-                 f"MB in new documents of {SHORTEST} characters or more, and a score needs about "
-                 f"{5 * need / share / 1e6:.1f} MB")
-    bytes_per_token = round(size / (sum(lengths.values()) - count), 4)      # END has no bytes
-    print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
-    (folder / "meta.json").write_text(json.dumps({
-        "name": name, "documents": count, "bytes_per_token": bytes_per_token,
-        "train_tokens": lengths["train"], "sha256": sha256([folder / f"{s}.bin" for s in SPLITS])}))
-
-
-# ---- 8  Command line -----------------------------------------------------------------------------
-
+# ---- 7  Command line -----------------------------------------------------------------------------
 def by_hand(path: str):
     """Run the train.py at `path` as the driver would, in a process of its own."""
     os.execv(sys.executable, [sys.executable, __file__, "--run", path])
@@ -821,18 +764,26 @@ def main():
     add("--devices", action="store_true", help="print names for CUDA_VISIBLE_DEVICES, and end")
     args = parser.parse_args()
     for stream in filter(None, (sys.stdout, sys.stderr)):       # None is a closed one
-        stream.reconfigure(errors="replace")    # no character of a path ends a preparation
+        stream.reconfigure(errors="replace")    # no character of a path may end it
     sys.argv[1:] = sys.orig_argv[1:] = []       # the key is no candidate's business
     if args.devices:
         count = torch.cuda.device_count()       # without those that CUDA_VISIBLE_DEVICES hides
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        return print(",".join(names.split(",")[:count]))
-    if args.run and not args.run.exists():
-        sys.exit(f"prepare.py: --run {args.run}: no such file")
-    folder = args.folder or ready(args.data)
-    if args.run:
-        raise SystemExit(one_run(args.run.resolve(), args.seed, args.budget, folder, args.key))
-    print(folder)       # the last line, for whoever called
+        print(",".join(names.split(",")[:count]))
+        return
+    try:
+        path = args.run and args.run.resolve(strict=True)
+        torch.ones(1, device=DEVICE)    # fails if torch has no kernels for this GPU
+        folder = args.folder or prepare(args.data)
+        if path:
+            sys.exit(one_run(path, args.seed, args.budget, folder, args.key))
+        print(folder)       # the last line, for whoever called
+    except (OSError, RuntimeError) as error:
+        problem = str(error).partition("\n")[0]
+        sys.exit(f"prepare.py: {problem}: --data python needs no network, CUDA_VISIBLE_DEVICES=-1 "
+                 f"no GPU; AUTORESEARCH_CACHE can name another folder than {CACHE}")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: stopped; downloads go on where they were")
 
 
 if __name__ == "__main__":

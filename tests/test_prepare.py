@@ -248,7 +248,7 @@ def test_data_that_cannot_be_downloaded_get_one_line_that_names_what_needs_no_ne
     hub.files.clear()
     for flags in ["--data", "c4"], []:
         assert re.search("404 .*c4-train.*--data python needs no network", refused(*flags))
-    assert not (cache / "current").exists()
+    assert not (cache / "current-v512").exists()
 
 
 def test_python_is_what_an_installation_has_without_tests_and_stays_the_default(
@@ -261,7 +261,7 @@ def test_python_is_what_an_installation_has_without_tests_and_stays_the_default(
         monkeypatch.setattr(module, "__file__", str(file))
     assert prepare.source("stdlib")[1] == files[:1] and prepare.source("python")[1] == files
     assert re.search(r"^python-\w+: .* bytes per token$", said := run("--data", "python"), re.M)
-    folder = f"{cache / (cache / 'current').read_text()}\n"
+    folder = f"{cache / (cache / 'current-v512').read_text()}\n"
     assert said.endswith(folder) and run() == folder, "the second time it is there"
 
 
@@ -341,6 +341,34 @@ def test_of_many_files_each_is_whole_in_one_split(tmp_path, stories):
     splits = [split for split, _ in found]
     assert len(found) == 240 and {*splits} == {*prepare.SPLITS}
     assert all(len({*splits[i:i + 4]}) == 1 for i in range(0, 240, 4))
+
+
+def test_files_larger_than_val_are_divided_among_many_small_ones(tmp_path, stories):
+    """Whole, one would be all of val if val is furthest behind when it comes."""
+    for i in range(6):
+        write(tmp_path / "in" / f"large {i}", "<|endoftext|>".join(stories[60 + i::6]))
+    for i in range(60):
+        write(tmp_path / "in" / f"{i}", stories[i])
+    found = list(prepare.documents(*prepare.source(str(tmp_path / "in"))[1:], 0.06))
+    total = sum(len(text) for _, text in found)
+    for split in "val", "test":
+        size = sum(len(text) for which, text in found if which == split)
+        assert abs(size - 0.06 * total) <= 1300
+
+
+def test_each_size_of_vocabulary_has_its_own_last_folder(run, refused, stories, monkeypatch,
+                                                         tmp_path):
+    """As with a GPU and later without it: its tokens mean nothing to the other tokenizer."""
+    run("--data", write(tmp_path / "text", "".join(stories)))
+    monkeypatch.setattr(prepare, "VOCAB_SIZE", 300)
+    monkeypatch.setattr(prepare, "DEFAULT_DATA", "nonsense")
+    assert "--data nonsense" in refused()
+
+
+def test_a_program_or_a_folder_that_is_not_there_gets_one_line(refused, tmp_path):
+    program = write(tmp_path / "train.py", "")
+    assert "missing.py" in refused("--run", tmp_path / "missing.py", "--folder", tmp_path)
+    assert "typo/meta.json" in refused("--run", program, "--folder", tmp_path / "typo")
 
 
 def learned(*texts: str) -> prepare.Tokenizer:
@@ -470,7 +498,7 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(stories):
             if os.getuid() == 0:        # who may write anywhere
                 os.setuid(65534)
 
-        for folder, names in (cache, ["lock", "current"]), (cache / "text-0", ["meta.json"]):
+        for folder, names in (cache, ["lock", "current-v512"]), (cache / "text-0", ["meta.json"]):
             for name in names:
                 write(folder / name, "")
         write(text, "".join(stories))
@@ -543,7 +571,7 @@ def test_a_disk_that_takes_no_more_gets_one_line(hub, cache, tmp_path):
     process.join(60)
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert process.exitcode == 1 and last.startswith("prepare.py: [Errno 27] File too large")
-    assert not (cache / "current").exists()
+    assert not (cache / "current-v512").exists()
 
 
 @pytest.mark.parametrize("visible, count, printed", [

@@ -1,6 +1,7 @@
 """What a train.py may and may not do: candidates through the real bench, without the guard's half
 that reads their source; test_guard.py has that one."""
 
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -229,6 +230,9 @@ ATTACKS = {     # name: (candidate, what the crash says)
     "another value of ln 2": (train(
         "real, math.log = math.log, lambda x: 2 * real(x)",
         "return loop(Model())"), "a patch of math.log"),
+    "a model that is its own copy": (train(
+        "copy.deepcopy = lambda model: model",
+        "return loop(Model())"), "a patch of copy.deepcopy"),
     "a report of its own": (train(
         "json.encoder.c_make_encoder = None",
         "return loop(Model())"), "a patch of json.encoder.c_make_encoder"),
@@ -339,7 +343,7 @@ def test_a_run_says_what_a_driver_has_to_know_and_neither_lies_nor_exits_bring_a
         "    print(f'\\n{key} {forged}\\n---\\nval_bpb: 0.01', flush=True)",
         "return loop(Model())", source=forward("if self.calls == 5: os._exit(0)"))
     _, cache, scripts = corpus
-    options = flags(source, cache / (cache / "current").read_text(), tmp_path)
+    options = flags(source, cache / next(cache.glob("current-v*")).read_text(), tmp_path)
     unguarded = "import prepare; prepare.refuse_source = lambda source: None; prepare.main()"
     done = subprocess.run([sys.executable, "-c", unguarded, *options], cwd=scripts, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
@@ -349,7 +353,7 @@ def test_a_run_says_what_a_driver_has_to_know_and_neither_lies_nor_exits_bring_a
     assert training["limit"] == pytest.approx(4 * BUDGET + 10)  # of wall-clock, beside other load
     assert progress["share"] < 1 and all("limit" in event for event in (setup, training, said[3]))
     assert setup["torch"] == torch.__version__ and setup["threads"] == 1
-    assert setup["processor"].endswith(f"{os.cpu_count()} cores") and setup["bf16"] in (True, False)
+    assert setup["processor"].endswith(f"{os.cpu_count()} cores")
     assert setup["train_tokens"] > 10 ** 5 and 2 < setup["bytes_per_token"] < 5
     assert setup["contract"] == prepare.CONTRACT
     assert {"device", "budget", "data", "sha256", "seq_len", "vocab_size", "prepare"} < {*setup}
@@ -425,6 +429,13 @@ def test_work_of_another_thread_costs_nothing(clock):
         thread.join()
         break
     assert prepare.seconds_now() - clock.start < 0.1
+
+
+def test_batches_belong_to_the_thread_whose_time_counts(clock):
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        with pytest.raises(RuntimeError, match="belongs to the thread"):
+            other.submit(next, prepare.batches(1, 8)).result()
+    assert clock.start is None
 
 
 def test_a_second_loop_knows_what_the_last_step_of_the_first_took(clock):
