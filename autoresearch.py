@@ -73,7 +73,6 @@ RETURNS = 2             # how often a proposal may go back to the LLM, with what
 HISTORY = 100           # the newest experiments that a prompt tells of; it tells of all keeps
 
 # ---- 1  An experiment, and the judge ------------------------------------------------------------
-
 @dataclass(eq=False)    # compared by identity, so that they can be keys of a dict
 class Experiment:
     """One candidate and all that was done with it. runs/NNNN/experiment.json is exactly this."""
@@ -143,7 +142,6 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
 
 
 # ---- 2  The loop --------------------------------------------------------------------------------
-
 class Lab:
     """The experiments, the accelerators, and the workers that share them.
 
@@ -626,7 +624,6 @@ LONGEST_PAUSE = 300     # seconds between two attempts, while something fails ag
 DEATHS = 2              # if the driver died so often during runs of one candidate, it is a crash
 
 # ---- 3  The judge's numbers ---------------------------------------------------------------------
-
 # The rule in English, for the prompt. Another judge needs another text, and other margins.
 RULE = (f"A change is kept if it is better after each of {RUNS} runs, on different seeds. One that "
         f"makes the code longer, in lines without comments, has to win by a margin after each run.")
@@ -664,7 +661,6 @@ def pooled_noise(groups: list[list[float]]) -> float:
 
 
 # ---- 4  The prompt ------------------------------------------------------------------------------
-
 # make_prompt() fills {{}} with prepare.py's contract, which comes with a run's first event.
 RULES = f"""You do machine-learning research: each experiment is a new train.py. A driver trains it
 for a fixed time on a fixed machine and keeps it if val_bpb falls.
@@ -749,7 +745,6 @@ def what_it_did(run: dict) -> str:
 
 
 # ---- 5  A run: one training in a process group of its own, under time limits --------------------
-
 LOG_LIMIT = 10_000_000  # bytes of output after which a run is ended; a usual one prints 10 kB
 START_LIMIT = 300       # seconds until a run on this machine has to say that it has started
 GRACE = 3               # seconds from SIGTERM to SIGKILL
@@ -855,7 +850,6 @@ def run_environment(**more: str) -> dict[str, str]:
 
 
 # ---- 6  LLM: a client over raw HTTP, and one class for each wire format that it speaks ----------
-
 Answer = collections.namedtuple(    # complete: neither cut off nor empty nor refused
     "Answer", "text complete finish_reason input_tokens output_tokens raw")
 
@@ -1018,7 +1012,6 @@ def find_format(base_url: str | None, model: str | None = None) -> OpenAI | Anth
 
 
 # ---- 7  Reply: from the words of an LLM to the source of a candidate ----------------------------
-
 def apply_reply(reply: str, source: str) -> tuple[str, str]:
     """Return (description, new source). Raises Unusable: it never guesses."""
     description, _, blocks = read_reply(reply, source)
@@ -1128,7 +1121,6 @@ def code_in(source: str) -> str:
 
 
 # ---- 8  Search: proposals that need no LLM ------------------------------------------------------
-
 NUMBER = r"2 \*\* \d\d?|[1-9]\d{,8}|0|\d{1,9}\.\d+|[1-9](?:\.\d+)?e-\d\d?"
 KNOB = re.compile(rf"(?m)^([A-Z][A-Z\d_]*)(?:: \w+)? = (?P<number>{NUMBER})"
                   rf"(?: if CUDA else (?P<other>{NUMBER}))?[ ]*(?:#.*)?$")
@@ -1168,7 +1160,6 @@ def moved(value: float, change: float) -> float:
 
 
 # ---- 9  Files: the ledger, experiment.json, git -------------------------------------------------
-
 TRAIN = Path("train.py")
 PROGRAM = Path("program.md")
 LEDGER = Path("results.tsv")
@@ -1283,7 +1274,6 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 # ---- 10  Show: the verdict, the summary, the picture, the live line -----------------------------
-
 UNIT = "bits per byte"      # of val_bpb; another task has another
 COLOURS = {"llm": "#1f87d6", "search": "#d55e00", "human": "#009e73", "baseline": "gray"}
 WIDTH, HEIGHT = 630, 200    # of the plot in the picture; its upper left corner is (0, 0)
@@ -1415,7 +1405,6 @@ def show(line: str):
 
 
 # ---- 11  Command line ---------------------------------------------------------------------------
-
 def main() -> int | str:
     """Return the exit code, or what went wrong: sys.exit() prints that and ends with code 1."""
     lab, result = None, 0

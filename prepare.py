@@ -45,8 +45,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 # ---- 1  Scale: most constants have one value for CUDA, and one for all else ----------------------
-DEVICE = ("cuda" if torch.cuda.is_available() else
-          "mps" if torch.backends.mps.is_available() else "cpu")
+MPS = torch.backends.mps.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "-1"
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if MPS else "cpu"
 CUDA = DEVICE == "cuda"
 SEQ_LEN = 2048 if CUDA else 256        # tokens in a window: of evaluation; of training by default
 VOCAB_SIZE = 8192 if CUDA else 2048    # tokens: 256 bytes, the merges, one that ends a document
@@ -503,6 +503,7 @@ def prepare(data: str | None) -> Path:
             unfinished = folder.with_name(f"{folder.name}.part")
             unfinished.mkdir(exist_ok=True)     # one that was stopped may have left it
             make(unfinished, name, files, reader)
+            os.sync()                           # first on the disk, then under its name
             unfinished.rename(folder)           # all of it is there, or none
         if lock.writable():     # else it is a cache of others
             last.write_text(folder.name)
@@ -511,8 +512,8 @@ def prepare(data: str | None) -> Path:
 
 def make(folder: Path, name: str, files: list[Path], reader: Callable):
     """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
-    # gzip makes C4 2.5 times smaller.
-    total = sum(file.stat().st_size for file in files) * (2.5 if reader is json_texts else 1)
+    packed = 2.5 if reader is json_texts else 1     # gzip makes C4 so many times smaller
+    total = packed * sum(file.stat().st_size for file in files)
     share = min(0.08, max(0.01, HELD_OUT / max(total, 1)))
     print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens", flush=True)
     texts = (text for split, text in documents(files, reader, share) if split == "train")
@@ -769,8 +770,7 @@ def main():
     if args.devices:
         count = torch.cuda.device_count()       # without those that CUDA_VISIBLE_DEVICES hides
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        print(",".join(names.split(",")[:count]))
-        return
+        return print(",".join(names.split(",")[:count]))
     try:
         path = args.run and args.run.resolve(strict=True)
         torch.ones(1, device=DEVICE)    # fails if torch has no kernels for this GPU
