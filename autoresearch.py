@@ -1443,8 +1443,9 @@ async def until_signal(work: Coroutine) -> int:
     try:
         await work
     except asyncio.CancelledError as stop:
-        say(f"stopped by {signal.Signals(*stop.args).name}")
-        return 128 + stop.args[0]
+        number = (*stop.args, signal.SIGINT)[0]         # what cancel() was given
+        say(f"stopped by {signal.Signals(number).name}")
+        return 128 + number
     return 0
 
 
