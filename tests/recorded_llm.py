@@ -58,4 +58,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 8123
-    HTTPServer(("127.0.0.1", port), Endpoint).serve_forever()
+    try:
+        HTTPServer(("127.0.0.1", port), Endpoint).serve_forever()
+    except OSError as error:
+        sys.exit(f"recorded_llm.py: port {port}: {error.strerror}: give another one")
