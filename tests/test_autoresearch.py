@@ -657,7 +657,7 @@ def test_without_noise_nothing_is_divided_by_it(measured, llm):
 
 
 @pytest.mark.parametrize("change, to", [
-    ("return fmean(runs)", "return max(runs)"), ("WIN = 1.0 ", "WIN = 3.0 "),
+    ("return fmean(scores)", "return max(scores)"), ("WIN = 1.0 ", "WIN = 3.0 "),
     ("noise * math.sqrt", "2 * noise * math.sqrt"), ("BASELINE_RUNS = 3 ", "BASELINE_RUNS = 4 ")])
 def test_another_judge_does_not_go_on_with_the_ledger_of_this_one(measured, change, to):
     script = measured.folder / "autoresearch.py"
