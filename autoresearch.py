@@ -370,14 +370,13 @@ class Lab:
             await self.run_incumbent(gpu, f"{RECHECK} discards in a row lost to it")
         try:
             await self.train(exp, gpu, exp.runs)
-        except Unusable as crash:
+        except Unusable:
             self.crashes[gpu] += 1
-            if crash.started and self.crashes[gpu] < CRASHES:
+            if self.crashes[gpu] < CRASHES:
                 raise
-            machine_is_fine = await self.run_incumbent(gpu, str(crash))
-            if crash.started and machine_is_fine:
+            if await self.run_incumbent(gpu, f"{CRASHES} crashes in a row"):
                 raise
-            return              # exp is not to blame, so it is tried again
+            return          # the incumbent could not run either, so exp is tried again
         self.crashes[gpu] = 0
         if exp.by == "llm":
             self.pause = 0.0        # its reply could be trained, so it is asked at full speed
@@ -399,6 +398,19 @@ class Lab:
 
     async def train(self, exp: Experiment, gpu: int, runs: list[dict]):
         """Train exp on a seed of its own, and append the report to `runs`. Raises Unusable."""
+        for pause in [0.25 * 2 ** k for k in range(FALSE_STARTS)]:
+            try:
+                return await self.train_once(exp, gpu, runs)
+            except Unusable as problem:
+                if problem.started:
+                    raise
+                # Not even prepare.py began, so a launcher or the machine is to blame, and not exp.
+                reason = str(problem)
+            say(f"#{exp.number} did not start: {reason}; it is tried again in {pause} s")
+            await asyncio.sleep(pause)
+        raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {reason}")
+
+    async def train_once(self, exp: Experiment, gpu: int, runs: list[dict]):
         k, exp.tries = exp.tries, exp.tries + 1
         exp.save()              # the run counts before it begins, since it may kill the driver
         command = [*self.args.launch, sys.executable, "prepare.py", "--folder", self.args.folder,
@@ -621,6 +633,7 @@ class Unusable(Exception):
 
 
 LONGEST_PAUSE = 300     # seconds between two attempts, while something fails again and again
+FALSE_STARTS = 5        # if so many runs in a row do not even start, the driver ends
 DEATHS = 2              # if the driver died so often during runs of one candidate, it is a crash
 
 # ---- 3  The judge's numbers ---------------------------------------------------------------------
@@ -666,6 +679,8 @@ RULES = f"""You do machine-learning research: each experiment is a new train.py.
 for a fixed time on a fixed machine and keeps it if val_bpb falls.
 {{}}
 - {RULE}
+- A gain has to travel: it counts only if it survives at half and at twice the budget. A constant
+  that fits the speed of this one machine is a defect.
 - No program runs twice; comments do not make it another one.
 
 Reply in exactly this form, nothing else:
@@ -1301,7 +1316,9 @@ def summary(judged: list, confirmed: dict, budget: float) -> list[str]:
     minutes = sum(run["total_seconds"] for exp in judged for run in exp.runs) / 60
     sent = sum(exp.input_tokens for exp in judged)
     got = sum(exp.output_tokens for exp in judged)
-    return [*headline(judged, confirmed, budget),
+    epochs = [run.get("epochs", 0) for exp in kept(judged)[-1:] for run in exp.runs[-1:]]
+    again = [f"the incumbent's newest run saw the text {n:.1f} times" for n in epochs if n > 1]
+    return [*headline(judged, confirmed, budget), *again,
             f"{counts.total()} experiments: {counts['keep']} kept, {counts['discard']} discarded, "
             f"{counts['crash']} crashed",
             f"{minutes:,.0f} minutes; LLM: {sent:,} tokens in, {got:,} out"]

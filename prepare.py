@@ -744,6 +744,8 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
             words[i] = words[i].replace(pair, chr(256 + len(merges)))
             count_pairs(i, common[i][1])
         merges.append((ord(pair[0]), ord(pair[1])))
+        if len(merges) % 300 == 0:
+            print(f"learning to tokenize: {len(merges)} of {count} merges", flush=True)
     return merges
 
 
@@ -770,10 +772,15 @@ def main():
     if args.devices:
         count = torch.cuda.device_count()       # without those that CUDA_VISIBLE_DEVICES hides
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        return print(",".join(names.split(",")[:count]))
+        # CUDA shows a process one MIG slice, however many are named: each worker gets its own.
+        return print(names if names.startswith("MIG-") else ",".join(names.split(",")[:count]))
     try:
         path = args.run and args.run.resolve(strict=True)
         torch.ones(1, device=DEVICE)    # fails if torch has no kernels for this GPU
+        free, total = torch.cuda.mem_get_info() if CUDA else (1, 1)
+        if free < 0.9 * total:
+            print(f"WARNING: {1 - free / total:.0%} of the GPU is in use; nvidia-smi says by whom",
+                  file=sys.stderr)
         folder = args.folder or prepare(args.data)
         if path:
             sys.exit(one_run(path, args.seed, args.budget, folder, args.key))

@@ -35,11 +35,11 @@ class Endpoint(BaseHTTPRequestHandler):
         incumbent = body["messages"][1]["content"].split("```python\n")[1].split("\n```")[0]
         try:
             ar.apply_reply(REPLIES[0], incumbent)
-        except (ar.Unusable, IndexError) as problem:
+        except (ar.Unusable, IndexError):
             if REPLIES and time.monotonic() - Endpoint.since > PATIENCE:
                 Endpoint.since = time.monotonic()
                 del REPLIES[0]
-            why = f"{len(REPLIES)} replies are left, and the next fits no incumbent yet: {problem}"
+            why = f"{len(REPLIES)} replies are left, and the next one is for another incumbent"
             return self.send(503, {"error": {"message": why}})
         Endpoint.since = time.monotonic()
         message = {"role": "assistant", "content": REPLIES.pop(0)}

@@ -570,6 +570,9 @@ def test_a_run_that_began_another_epoch_is_told_in_words():
     assert ar.what_it_did(run) == "10 steps, 20 tokens/s, this run saw the text 1.2 times"
     assert ar.what_it_did(run | {"epochs": 0.9}) == "10 steps, 20 tokens/s"
     assert ar.what_it_did({}) == "no details"
+    exp = a_judged(0, [1.5], "keep")
+    exp.runs[-1]["epochs"] = 1.23
+    assert "the incumbent's newest run saw the text 1.2 times" in ar.summary([exp], {}, 60)
 
 
 @pytest.mark.parametrize("workers, printed, gpus, warned", [
@@ -881,26 +884,18 @@ def test_a_run_that_did_not_start_says_nothing_about_its_candidate(measured, llm
     (measured.folder / "flaky.sh").write_text(FLAKY.format(flag="failed-once"))
     server = llm([BETTER])
     output = measured.drive("--experiments", 1, "--launch", "sh flaky.sh", "--base-url", server.url)
-    assert "runs once more: ended without a report, before it started, by code 1: srun" in output
+    assert "did not start: ended without a report, before it started, by code 1: srun" in output
     row = consistent(measured)[1]
     assert row["status"] == "keep" and row["description"] == "a higher rate"
     assert all(experiment(measured, 1)["turns"]) and len(experiment(measured, 1)["turns"]) == 1
 
 
-def test_runs_that_never_start_are_tried_again_ever_less_often_and_make_no_row(measured):
-    with measured.start("--researcher", "search", "--launch", "sh -c 'kill -9 $$'") as driver:
-        said = iter(driver.stdout.readline, "")
-        trouble = next(line for line in said if "it is tried again in 0.75 s" in line)
-        driver.send_signal(signal.SIGINT)
-    assert "the machine is in trouble" in trouble and "by signal 9 (out of memory?)" in trouble
-    assert len(consistent(measured)) == 1
-
-
-def test_a_baseline_that_does_not_start_ends_the_driver_with_its_reason(measured):
-    shutil.rmtree(measured.folder / "runs")
-    (measured.folder / "results.tsv").unlink()
-    output = measured.drive("--launch", "sh -c 'echo no such node; exit 1'", code=1)
-    assert "before it started, by code 1: no such node" in output.splitlines()[-1]
+def test_runs_that_never_start_end_the_driver_with_their_reason(measured):
+    script = measured.folder / "autoresearch.py"
+    script.write_text(script.read_text().replace("[0.25 * 2 ** k", "[0.01 * 2 ** k"))
+    output = measured.drive("--researcher", "search", "--launch", "sh -c 'kill -9 $$'", code=1)
+    assert f"{ar.FALSE_STARTS} runs in a row did not even start" in output.splitlines()[-1]
+    assert "by signal 9 (out of memory?)" in output and len(consistent(measured)) == 1
 
 
 TROUBLE = """
@@ -924,7 +919,7 @@ def test_if_the_incumbent_crashes_as_well_the_machine_is_to_blame(measured, llm)
 def test_if_the_incumbent_runs_the_candidate_is_to_blame(measured, llm):
     crash = [edit(RATE, f"LR = {i} / 1 / 0") for i in range(1, 20)]
     output = measured.drive("--experiments", 1, "--base-url", llm(crash).url)
-    assert "#0, the incumbent, runs once more: ZeroDivisionError" in output
+    assert "the incumbent, runs once more: 3 crashes in a row" in output
     assert consistent(measured)[1]["status"] == "crash" and "in trouble" not in output
 
 

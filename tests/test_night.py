@@ -77,4 +77,4 @@ def test_recorded_replies_are_served_as_an_endpoint_while_they_fit(measured, bef
         endpoint.kill()
     assert f"researcher  recorded at http://127.0.0.1:{port}/v1 (OPENAI_BASE_URL)" in output
     assert (measured.folder / "runs/0001/reply-0.md").read_text("utf-8") == REPLIES[0]
-    assert "34 replies are left, and the next fits no incumbent yet" in output
+    assert "34 replies are left, and the next one is for another incumbent" in output

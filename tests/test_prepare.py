@@ -576,7 +576,8 @@ def test_a_disk_that_takes_no_more_gets_one_line(hub, cache, tmp_path):
 
 @pytest.mark.parametrize("visible, count, printed", [
     (None, 0, ""), (None, 2, "0,1"), ("", 0, ""), ("-1", 0, ""), ("GPU-ab,7", 2, "GPU-ab,7"),
-    ("3,9,2", 1, "3")])      # CUDA ignores all names from the first unknown one on
+    ("3,9,2", 1, "3"),       # CUDA ignores all names from the first unknown one on
+    ("MIG-ab,MIG-cd", 1, "MIG-ab,MIG-cd")])      # a process sees one slice, however many are named
 def test_devices_prints_the_names_of_what_torch_sees(run, monkeypatch, visible, count, printed):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
