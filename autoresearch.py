@@ -48,19 +48,16 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 import requests
 
-if sys.version_info < (3, 11):
-    raise SystemExit(f"autoresearch.py: Python 3.11 or newer is needed, this is {sys.version[:6]}")
-try:
-    import fcntl
-except ImportError:
-    raise SystemExit("autoresearch.py: Windows has no fcntl: start it inside WSL2") from None
+if sys.version_info < (3, 11) or os.name == "nt":
+    raise SystemExit("autoresearch.py needs Python 3.11 or newer and, on Windows, WSL2")
+import fcntl
 
 RUNS = 2                # runs of a candidate; its score has to be better after each of them
 WIN = 1.0               # standard errors by which longer code has to win
@@ -163,8 +160,9 @@ class Lab:
             except Unusable as problem:                 # a reply that does not fit, or a crash
                 self.send_back(exp, problem)
             except Finished:                            # exp waits for the next start
+                return
+            finally:
                 self.active.remove(exp)
-                break
 
     # 1. The workers are tasks in one thread. Between two awaits nobody else changes anything, so
     #    they need no lock. Judging and recording have no await between them: two keeps cannot
@@ -186,6 +184,7 @@ class Lab:
                              key=lambda exp: exp.place)     # in the order of their verdicts
         self.active: list[Experiment] = []              # those that a worker has taken
         self.conditions = read_json(CONDITIONS)
+        args.budget = args.budget or self.conditions.get("budget")
         self.confirmed = read_json(CONFIRMED)           # budget -> what --confirm measured
         self.left = math.inf                            # experiments still to be recorded
         self.discards = 0                               # in a row, since the incumbent last ran
@@ -211,7 +210,7 @@ class Lab:
     def take(self, by: str) -> Experiment | None:
         """Return an experiment that waits, or a new one. None: enough are in progress."""
         if self.left <= 0:
-            raise Enough
+            raise Finished      # outside of the try in research(), so it ends the others as well
         self.save_edit()
         if [exp.by for exp in self.active].count(by) >= self.left:
             return None         # no more drafts at a time than experiments that are left
@@ -219,9 +218,8 @@ class Lab:
                 if exp.by in (by, "human")                  # any worker takes a person's edit
                 or (exp.source and not self.llm)]           # or, without an LLM, its finished draft
         mine.sort(key=lambda exp: exp.by != "human")    # a person's edit is the first in line
-        exp = mine[0] if mine else self.new_experiment(by)
-        self.active.append(exp)
-        return exp
+        self.active += mine[:1] or [self.new_experiment(by)]
+        return self.active[-1]
 
     def new_experiment(self, by: str, description: str = "", source: str = "") -> Experiment:
         folders = [int(path.name) for path in FOLDER.glob("[0-9]*") if path.name.isdecimal()]
@@ -285,12 +283,9 @@ class Lab:
             raise Unusable(f"the reply is not complete ({answer.finish_reason}): be brief")
 
     def note_absence(self, exp: Experiment, absence: Away):
-        """Shorten a prompt that was too long; else wait longer before the next request."""
-        if absence.too_long and self.history > 1:
-            self.history //= 2
-            return say(f"LLM: {absence.reason}; it is told of {self.history} experiments now")
+        """Wait longer before the next request, and tell less in it if the prompt was too long."""
         if absence.too_long:
-            exp.turns = []      # the history is minimal: forget its earlier replies instead
+            self.history, exp.turns = self.history // 2, []
         if not self.away:
             say(f"LLM: {absence.reason}; it is asked again at times, and the search fills in")
         self.away = True
@@ -311,14 +306,11 @@ class Lab:
             show(" | ".join(self.live.values()) or ("waiting for the LLM" if self.llm else ""))
 
     def may_start(self, exp: Experiment) -> bool:
-        running = self.args.workers - len(self.free)
-        if not self.free or running >= self.left:       # no more runs than experiments left
-            return False
-        if exp.by != "search" or not self.llm:
-            return True
+        if not self.free or exp.by != "search" or not self.llm:
+            return bool(self.free)
         # The search only fills in, whatever it is that keeps the LLM from using an accelerator.
         idle = time.monotonic() - min(self.free.values())
-        return idle >= IDLE_SHARE * self.conditions.get("budget", 60)
+        return idle >= IDLE_SHARE * self.conditions["budget"]
 
     def build(self, exp: Experiment):
         """Make exp a change of the present incumbent, unless it is one. Raises Unusable."""
@@ -372,9 +364,8 @@ class Lab:
             await self.train(exp, gpu, exp.runs)
         except Unusable:
             self.crashes[gpu] += 1
-            if self.crashes[gpu] < CRASHES:
-                raise
-            if await self.run_incumbent(gpu, f"{CRASHES} crashes in a row"):
+            in_a_row = f"{CRASHES} crashes in a row"
+            if self.crashes[gpu] < CRASHES or await self.run_incumbent(gpu, in_a_row):
                 raise
             return          # the incumbent could not run either, so exp is tried again
         self.crashes[gpu] = 0
@@ -393,52 +384,49 @@ class Lab:
             except Unusable as problem:
                 pause = min(2 * pause + 0.25, LONGEST_PAUSE)
                 say(f"the machine is in trouble: the incumbent does not run either "
-                    f"({problem}); it is tried again in {pause:g} s")
+                    f"({problem.reason}); it is tried again in {pause:g} s")
                 await asyncio.sleep(pause)
 
     async def train(self, exp: Experiment, gpu: int, runs: list[dict]):
         """Train exp on a seed of its own, and append the report to `runs`. Raises Unusable."""
-        for pause in [0.25 * 2 ** k for k in range(FALSE_STARTS)]:
+        patience = math.inf if self.args.launch else START_LIMIT    # a launcher may queue the run
+        for pause in [0.25 * 2 ** i for i in range(FALSE_STARTS)]:
+            k, exp.tries = exp.tries, exp.tries + 1
+            exp.save()          # the run counts before it begins, since it may kill the driver
+            command = [*self.args.launch, sys.executable, "prepare.py", "--run",
+                       exp.folder / "train.py", "--seed", 1000 * exp.number + k + 1,
+                       "--folder", self.args.folder]
+            if self.args.budget:        # else prepare.py has one
+                command += ["--budget", self.args.budget]
+            tell = functools.partial(self.tell, exp, gpu)
             try:
-                return await self.train_once(exp, gpu, runs)
+                return runs.append(await run_command(
+                    [*map(str, command)], exp.folder / f"run-{k}.log",
+                    run_environment(**self.args.env[gpu]), patience, tell))
             except Unusable as problem:
                 if problem.started:
                     raise
                 # Not even prepare.py began, so a launcher or the machine is to blame, and not exp.
-                reason = str(problem)
+                reason = problem.reason
+            finally:            # also if the run is cancelled
+                exp.ended += 1
+                exp.save()
             say(f"#{exp.number} did not start: {reason}; it is tried again in {pause} s")
             await asyncio.sleep(pause)
         raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {reason}")
 
-    async def train_once(self, exp: Experiment, gpu: int, runs: list[dict]):
-        k, exp.tries = exp.tries, exp.tries + 1
-        exp.save()              # the run counts before it begins, since it may kill the driver
-        command = [*self.args.launch, sys.executable, "prepare.py", "--folder", self.args.folder,
-                   "--run", exp.folder / "train.py", "--seed", 1000 * exp.number + k + 1]
-        if budget := self.args.budget or self.conditions.get("budget"):
-            command += ["--budget", budget]
-
-        def on_event(event: dict, printed: str):
-            if event["event"] == "setup":
-                self.check_conditions(event)
-            share = f" {event['share']:.0%}" if "share" in event else ""
-            self.live[gpu] = f"#{exp.number} {exp.by} run {k + 1} {event['event']}{share} {printed}"
-            show(" | ".join(self.live.values()))
-
-        on_event({"event": "starts"}, "")
-        patience = math.inf if self.args.launch else START_LIMIT    # a launcher may queue the run
-        try:
-            runs.append(await run_command(
-                [*map(str, command)], exp.folder / f"run-{k}.log",
-                run_environment(**self.args.env[gpu]), patience, on_event))
-        finally:                # also if the run is cancelled
-            exp.ended += 1
-            exp.save()
+    def tell(self, exp: Experiment, gpu: int, event: dict, printed: str):
+        """Use what prepare.py tells of a run: the conditions, and how far it is."""
+        if event["event"] == "setup":
+            self.check_conditions(event)
+        share = f" {event['share']:.0%}" if "share" in event else ""
+        self.live[gpu] = f"#{exp.number} {exp.by} run {exp.tries} {event['event']}{share} {printed}"
+        show(" | ".join(self.live.values()))
 
     def record(self, exp: Experiment, status: str, reason: str):
         """Make a verdict durable. After a kill before exp is saved, it is judged again."""
         if self.left <= 0:
-            raise Enough                # the next start judges it
+            raise Finished              # the next start judges it
         self.save_edit()                # before train.py is written over
         if status == "keep" and exp.number:
             write_whole(TRAIN, exp.source)
@@ -447,9 +435,10 @@ class Lab:
         exp.place, exp.counted = len(self.judged) + 1, len(exp.runs)
         exp.finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         exp.save()
-        append_row(exp)
+        with open(LEDGER, "ab", buffering=0) as file:
+            file.write(f"{row_of(exp)}\n".encode())
+            os.fsync(file.fileno())
         self.judged.append(exp)
-        self.active = [other for other in self.active if other is not exp]
         self.left -= 1
         if status != "crash":
             self.discards = self.discards + 1 if status == "discard" else 0
@@ -462,7 +451,7 @@ class Lab:
 
     def send_back(self, exp: Experiment, problem: Unusable):
         """Return exp to its LLM with what is wrong, RETURNS times at most; else it is a crash."""
-        reason = str(problem)
+        reason = problem.reason
         is_asked = exp.by == "llm" and self.args.researcher == "llm"
         if not is_asked or len(exp.turns) // 2 >= RETURNS:
             return self.record(exp, "crash", reason)
@@ -472,7 +461,6 @@ class Lab:
                          f"the form asked for, with edits of the incumbent as shown above.")
         exp.source, exp.fingerprint, exp.runs = "", "", []
         exp.save()
-        self.active.remove(exp)         # now it waits, and a worker of the LLM takes it again
         self.pause = min(2 * self.pause + 0.25, LONGEST_PAUSE)
         say(f"#{exp.number} goes back to the LLM in {self.pause:g} s: {one_line(reason, 100)}")
 
@@ -481,8 +469,7 @@ class Lab:
     async def night(self):
         """Research until there is enough of it, something fails, or somebody stops it."""
         if self.conditions:     # judge and budget are known before a run, which tells the rest
-            budget = self.args.budget or self.conditions["budget"]
-            self.check_conditions(self.conditions | {"budget": budget})
+            self.check_conditions(self.conditions | {"budget": self.args.budget})
         self.recover()
         await self.get_ready()
         self.free = dict.fromkeys(range(self.args.workers), time.monotonic())
@@ -492,7 +479,7 @@ class Lab:
             await self.measure_baseline()
         self.left = self.args.experiments or math.inf
         workers = ["llm", "llm", "search"] if self.llm else ["search"]
-        with contextlib.suppress(Enough):       # asyncio.run() then ends the other workers
+        with contextlib.suppress(Finished):     # asyncio.run() then ends the other workers
             await asyncio.gather(*map(self.research, self.args.workers * workers))
 
     def recover(self):
@@ -526,9 +513,7 @@ class Lab:
         """Refuse a run whose score could not be compared with the baseline's."""
         event = event | {"judge": judge_version()}
         if not self.conditions:
-            self.conditions = {name: fact for name, fact in event.items()
-                               if name not in ("event", "limit")}
-            self.conditions["folder"] = str(self.args.folder)
+            self.conditions = event | {"folder": str(self.args.folder)}
             write_whole(CONDITIONS, self.conditions)
         for name in MUST_NOT_CHANGE:
             old, new = self.conditions.get(name), event.get(name)
@@ -543,10 +528,7 @@ class Lab:
             base = Experiment(0, "baseline", "baseline", source=source)
             base.fingerprint, base.code_lines = program_of(source)
         self.experiments[0] = base
-        say(f"baseline    {TRAIN} as it is, {BASELINE_RUNS} runs")
-        code, changes = git("status", "--porcelain", "--untracked-files=no", TRAIN)
-        if changes and code == 0:
-            say(f"            git has another {TRAIN}: git checkout {TRAIN} takes that one")
+        say(f"baseline    {TRAIN} as it is (git checkout {TRAIN} gets git's), {BASELINE_RUNS} runs")
         await self.train_all([(base, base.runs)] * (BASELINE_RUNS - len(base.runs)))
         self.record(base, "keep", "the baseline")
 
@@ -554,11 +536,10 @@ class Lab:
         """Run baseline and incumbent n times each, on seeds that decided nothing."""
         if not self.judged or not self.incumbent.number:
             raise Stop("nothing was kept yet, there is no gain to confirm: leave out --confirm")
-        base, best = self.experiments[0], self.incumbent
-        budget = self.args.budget or self.conditions["budget"]
+        base, best, budget = self.experiments[0], self.incumbent, self.args.budget
         name = f"#{best.number} at {budget:g} s"
         fresh = {exp: exp.fresh.setdefault(name, []) for exp in (base, best)}
-        say(f"confirm     #0 and #{best.number}, {n} runs of {budget:g} s each")
+        say(f"confirm     #0 and {name}, {n} runs each")
         # They run in turns, so that a machine that slows down slows both.
         await self.train_all([(exp, runs) for i in range(n) for exp, runs in fresh.items()
                               if i >= len(runs)])       # an earlier start did the others
@@ -568,10 +549,9 @@ class Lab:
         for metric, prefix in ("val_bpb", ""), ("test_bpb", "test_"):
             a, b = ([run[metric] for run in runs] for runs in (before, after))
             noise = pooled_noise([a, b]) or noise_of(self.judged)   # one run each shows no noise
-            result[f"{prefix}gain"] = score(a) - score(b)
-            result[f"{prefix}error"] = standard_error(len(a), len(b), noise)
-            say(f"{metric}: gain {result[f'{prefix}gain']:.4f} ± {result[f'{prefix}error']:.4f} "
-                f"(standard error) at {budget:g} s")
+            gain, error = score(a) - score(b), standard_error(len(a), len(b), noise)
+            result |= {f"{prefix}gain": gain, f"{prefix}error": error}
+            say(f"{metric}: gain {gain:.4f} ± {error:.4f} (standard error) at {budget:g} s")
         self.confirmed[f"{budget:g}"] = result
         write_whole(CONFIRMED, self.confirmed)
         self.draw()
@@ -615,21 +595,17 @@ class Stop(Exception):
     """Ends the driver with one line: what happened, and what to type next."""
 
 
-class Enough(Exception):
-    """Ends the night: as many experiments are recorded as were asked for."""
-
-
 class Finished(Exception):
-    """Ends one worker, which has nothing more to do. The others go on."""
+    """Ends a worker that has nothing more to do; from take(), all of them."""
 
 
+@dataclass(eq=False)
 class Unusable(Exception):
-    """Says why a candidate gets no score; `log` is the end of what its run printed."""
+    """A candidate gets no score."""
 
-    def __init__(self, reason: str, log: str = "", started: bool = True):
-        super().__init__(reason)
-        self.log = log
-        self.started = started      # False if not even prepare.py began, so it is not to blame
+    reason: str
+    log: str = ""           # the end of what its run printed
+    started: bool = True    # False if not even prepare.py began, so the candidate is not to blame
 
 
 LONGEST_PAUSE = 300     # seconds between two attempts, while something fails again and again
@@ -637,16 +613,10 @@ FALSE_STARTS = 5        # if so many runs in a row do not even start, the driver
 DEATHS = 2              # if the driver died so often during runs of one candidate, it is a crash
 
 # ---- 3  The judge's numbers ---------------------------------------------------------------------
-# The rule in English, for the prompt. Another judge needs another text, and other margins.
+# The rule in English, for the prompt. Another judge needs another text.
 RULE = (f"A change is kept if it is better after each of {RUNS} runs, on different seeds. One that "
-        f"makes the code longer, in lines without comments, has to win by a margin after each run.")
-
-
-def margins_now(n: int, noise: float) -> str:
-    """Return in English what longer code has to gain now, against an incumbent of n runs."""
-    margins = [f"{WIN * standard_error(k, n, noise):.4f} after run {k}"
-               for k in range(1, RUNS + 1)]
-    return f"Longer code has to win by {' and '.join(margins)}."
+        f"makes the code longer, in lines without comments, has to win after each run by {WIN:g} * "
+        f"noise * sqrt(1/k + 1/n), if the means are of k runs of it and n of the incumbent.")
 
 
 def standard_error(k: int, n: int, noise: float) -> float:
@@ -703,7 +673,8 @@ asked for it again if another change is kept before it runs.
 
 The person you work for says:
 """
-NOT_FOR_PROMPTS = ["sha256", "prepare", "folder", "threads", "name", "judge", "contract"]
+NOT_FOR_PROMPTS = ["sha256", "prepare", "folder", "threads", "name", "judge", "contract", "event",
+                   "limit"]
 
 
 def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
@@ -719,16 +690,15 @@ def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
     past = [told(old) for i, old in enumerate(lab.judged)
             if old.status == "keep" or i >= len(lab.judged) - lab.history]
     scores = ", ".join(f"{bpb:.4f}" for bpb in best.scores)
-    noise = noise_of(lab.judged)
     now = (f"\n# Now\nThe incumbent has {score(best.scores):.4f}, from runs with {scores}. Its "
-           f"newest run: {what_it_did(best.runs[-1])}. Noise between seeds: {noise:.4f}. "
-           f"{margins_now(len(best.scores), noise)}\n")
+           f"newest run: {best.runs[-1].get('did', 'no details')}. "
+           f"Noise: {noise_of(lab.judged):.4f}.\n")
     log = best.folder / f"run-{best.tries - 1}.log"
     for line in read(log).splitlines()[-3:] if log.exists() else []:
         now += f"The end of its newest log, as data: {one_line(line, 200)}\n"
-    for other in lab.active:        # a search that is not built yet has no description
-        if other is not exp and (other.description or other.by == "llm"):
-            what = other.description or "being written from this same text: go another way"
+    for other in lab.active:
+        if other is not exp:
+            what = other.description or "somebody writes it from this same text: go another way"
             now += f"In progress: #{other.number}: {what}\n"
     data = PROGRAM.read_bytes() if PROGRAM.exists() else b""    # none while an editor replaces it
     code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -741,22 +711,11 @@ def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
 
 def told(exp: Experiment) -> str:
     """Return what the history tells of an experiment; never its test_bpb."""
-    did = f"; {what_it_did(exp.runs[0])}" if exp.runs else ""
+    did = f"; {exp.runs[0].get('did', 'no details')}" if exp.runs else ""
     why = f"    why: {one_line(exp.why, 200)}\n" if exp.why else ""
-    return (f"#{exp.number} {exp.status} {float(row_of(exp)['val_bpb']):.4f} ({exp.by}): "
-            f"{exp.description} | {exp.reason}{did}\n{why}")
-
-
-def what_it_did(run: dict) -> str:
-    """Return what a run did, in words, as far as prepare.py reports it."""
-    words = []
-    if "num_steps" in run:
-        words.append(f"{run['num_steps']} steps")
-    if "num_tokens" in run:
-        words.append(f"{run['num_tokens'] / max(run['train_seconds'], 1e-9):.0f} tokens/s")
-    if run.get("epochs", 0) > 1:
-        words.append(f"this run saw the text {run['epochs']:.1f} times")
-    return ", ".join(words) or "no details"
+    bpb = 0.0 if exp.status == "crash" else score(exp.scores)
+    return (f"#{exp.number} {exp.status} {bpb:.4f} ({exp.by}): {exp.description} | "
+            f"{exp.reason}{did}\n{why}")
 
 
 # ---- 5  A run: one training in a process group of its own, under time limits --------------------
@@ -805,18 +764,15 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
     return checked(process.returncode, event, f"{cause}, {phase}", printed)
 
 
-def checked(code: int, event: dict, cause: str, printed: Iterable[str]) -> dict:
+def checked(code: int, event: dict, cause: str, printed: collections.deque) -> dict:
     """Return a run's last event if it is a report with a score. Raises Unusable."""
-    *_, last = printed
     if event.get("event") == "report" and code == 0:    # a report counts only after a normal end
         numbers = [event.get(name) for name in NEEDED]
         if all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
             return event
         event["reason"] = f"no finite number for one of {', '.join(NEEDED)} was reported"
-    how = f"code {code}" if code >= 0 else f"signal {-code}"
-    if code == -signal.SIGKILL:
-        how += " (out of memory?)"
-    reason = event.get("reason") or f"{cause}, by {how}: {last[:80]}"
+    how = "signal 9 (out of memory?)" if code == -signal.SIGKILL else f"code {code}"
+    reason = event.get("reason") or f"{cause}, by {how}: {printed[-1][:80]}"
     raise Unusable(one_line(reason), "\n".join(printed).strip(), started=bool(event))
 
 
@@ -1191,7 +1147,7 @@ COLUMNS = ["commit", "val_bpb", "memory_gb", "status", "description", "experimen
            "finished"]
 
 
-def row_of(exp: Experiment) -> dict[str, str]:
+def row_of(exp: Experiment) -> str:
     """Return the row of results.tsv for a judged experiment; a crash has 0 for every number."""
     runs = exp.runs[:exp.counted]
     shown = [dict.fromkeys(NEEDED, 0)] if exp.status == "crash" else runs
@@ -1202,20 +1158,13 @@ def row_of(exp: Experiment) -> dict[str, str]:
         "val_bpb": f"{score(val):.6f}", "test_bpb": f"{score(test):.6f}",
         "train_seconds": f"{sum(train):.1f}", "total_seconds": f"{sum(total):.1f}",
         "memory_gb": f"{max(memory) / 1000:.1f}"}
-    return {name: str(row[name]) for name in COLUMNS}
-
-
-def append_row(exp: Experiment):
-    """Append a row with one write and one fsync: a kill leaves all of it or a part at the end."""
-    with open(LEDGER, "ab", buffering=0) as file:
-        file.write(("\t".join(row_of(exp).values()) + "\n").encode())
-        os.fsync(file.fileno())
+    return "\t".join(str(row[name]) for name in COLUMNS)
 
 
 def mend_ledger(judged: list[Experiment]):
     """Make results.tsv agree with runs/, which has the truth. A first start writes the header."""
-    rows = [COLUMNS, *(row_of(exp).values() for exp in judged)]
-    mended = "".join("\t".join(row) + "\n" for row in rows)
+    rows = ["\t".join(COLUMNS), *map(row_of, judged)]
+    mended = "\n".join([*rows, ""])
     text = read(LEDGER) if LEDGER.exists() else ""
     if text.count("\n") > len(rows):
         raise Stop(f"{LEDGER} has more lines than {FOLDER}/ has verdicts: put back what is missing "
@@ -1436,7 +1385,7 @@ def main() -> int | str:
     except Stop as reason:
         result = f"autoresearch.py: {reason}"
     except Unusable as problem:         # the baseline has no train(), for example
-        result = (f"autoresearch.py: {TRAIN}: {problem}: mend it, or git checkout {TRAIN}; "
+        result = (f"autoresearch.py: {TRAIN}: {problem.reason}: mend it, or git checkout {TRAIN}; "
                   f"{FOLDER}/ has its log")
     except Exception as error:          # the disk is full, for example, or this file has a fault
         write_log(traceback.format_exc())

@@ -2,8 +2,8 @@
 
 Required are: an answer to --data, "limit", "budget" and "contract" (what a train.py has to do, in
 English) in the setup event, a "limit" in each event that begins a phase, the numbers of the report
-from val_bpb to peak_memory_mb, and exit code 0 after it. What is compared between runs besides the
-budget is up to you: data, sha256, prepare, device, torch, threads.
+from val_bpb to peak_memory_mb, and exit code 0 after it. Up to you are what else is compared
+between runs (data, sha256, prepare, device, torch, threads) and "did", what an LLM reads of a run.
 
 The score of a run depends on the candidate's LR and on the seed. `# sleep 3` in the candidate
 makes it take 3 s; 1 / 0 makes it crash.
@@ -54,6 +54,5 @@ luck = random.Random(int(flags["--seed"])).gauss(0, 0.01)
 score = 2 + 0.1 * (math.log10(rate) + 1) ** 2 + luck
 tell("evaluation", limit=60)
 tell("report", val_bpb=score, test_bpb=score + 5, train_seconds=1.0, startup_seconds=0.1,
-     eval_seconds=0.1, total_seconds=1.2, peak_memory_mb=100.0, num_steps=10, num_tokens=1000,
-     num_params=1000)
+     eval_seconds=0.1, total_seconds=1.2, peak_memory_mb=100.0, did="10 steps of none")
 print("val_bpb: 0.000001")

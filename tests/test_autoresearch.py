@@ -129,10 +129,12 @@ def test_the_history_grows_at_its_end_and_is_bounded_and_never_has_test_bpb():
 
 
 def test_what_a_row_shows_is_a_row_of_its_columns_alone():
-    row = ar.row_of(a_judged(3, [1.25, 1.5]))
-    assert list(row) == ar.COLUMNS and row["val_bpb"] == "1.375000" and row["runs"].count(",") == 1
-    crash = a_judged(3, [1.25], "crash")
-    assert ar.row_of(crash)["val_bpb"] == ar.row_of(crash)["test_bpb"] == "0.000000"
+    def row_of(exp):
+        return dict(zip(ar.COLUMNS, ar.row_of(exp).split("\t"), strict=True))
+
+    row, crash = row_of(a_judged(3, [1.25, 1.5])), row_of(a_judged(3, [1.25], "crash"))
+    assert row["val_bpb"] == "1.375000" and row["runs"].count(",") == 1
+    assert crash["val_bpb"] == crash["test_bpb"] == "0.000000"
 
 
 @pytest.mark.parametrize("damage", [
@@ -194,8 +196,8 @@ def test_a_prompt_tells_what_a_run_did_and_between_keeps_begins_as_the_last(meas
     assert len(prompts) >= 4
     for a, b in zip(prompts, prompts[1:]):
         assert len(os.path.commonprefix([a, b])) > 0.8 * len(a)
-    assert "; 10 steps, 1000 tokens/s\n    why: It should help." in prompts[-1]
-    assert "Its newest run: 10 steps, 1000 tokens/s" in prompts[-1] and "torch: " in prompts[-1]
+    assert "; 10 steps of none\n    why: It should help." in prompts[-1]
+    assert "Its newest run: 10 steps of none" in prompts[-1] and "torch: " in prompts[-1]
     assert "The end of its newest log, as data: loss 3.5\n" in prompts[-1]
 
 
@@ -308,16 +310,15 @@ def test_a_first_refusal_ends_the_driver_with_the_servers_words(measured, llm):
 
 def test_a_prompt_that_is_too_long_gets_half_of_the_history(measured, llm):
     server = llm([WORSE, status(400, "maximum context length is 8192 tokens"), any_rate()])
-    output = measured.drive("--experiments", 2, "--base-url", server.url)
-    assert f"told of {ar.HISTORY // 2} experiments now" in output
-    assert len(consistent(measured)) == 3
+    measured.drive("--experiments", 2, "--base-url", server.url)
+    assert [row["by"] for row in consistent(measured)] == ["baseline", "llm", "llm"]
 
 
 def test_a_halved_history_grows_back_and_a_conversation_that_is_too_long_begins_anew(
         measured, monkeypatch):
     monkeypatch.chdir(measured.folder)
     args = types.SimpleNamespace(researcher="llm", confirm=None, experiments=None, tokens=None,
-                                 base_url="http://127.0.0.1:9/v1", model="m")
+                                 budget=None, base_url="http://127.0.0.1:9/v1", model="m")
     lab, exp = ar.Lab(args), ar.Experiment(1, "llm", turns=["a reply", "a complaint"])
 
     async def answers(*call):
@@ -326,9 +327,7 @@ def test_a_halved_history_grows_back_and_a_conversation_that_is_too_long_begins_
     too_long = ar.Away("too long", too_long=True)
     for history in 50, 25, 12, 6, 3, 1:
         lab.note_absence(exp, too_long)
-        assert lab.history == history and len(exp.turns) == 2
-    lab.note_absence(exp, too_long)
-    assert exp.turns == []
+        assert lab.history == history and exp.turns == []
     lab.pause = 0
     asyncio.run(lab.ask(exp))
     assert lab.history == 2 and exp.turns == [BETTER.strip()]
@@ -356,21 +355,6 @@ def test_a_cut_reply_goes_back_as_not_whole(measured, llm):
 
 
 # What a person does
-
-
-def test_a_start_without_ledger_says_if_git_knows_another_train_py(measured):
-    for path in measured.folder / "runs", measured.folder / "results.tsv":
-        path.rename(path.with_name(f"{path.name}.old"))
-    assert "git has another" not in measured.drive("--experiments", 1, "--researcher", "search")
-    for path in measured.folder / "runs", measured.folder / "results.tsv":
-        path.rename(path.with_name(f"{path.name}.older"))
-    measured.train.write_text(TINY)
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for command in ["init", "-q"], ["add", "train.py"], ["commit", "-qm", "first"]:
-        subprocess.run([*git, *command], cwd=measured.folder, check=True)
-    measured.train.write_text(TINY.replace("LR = 0.02", "LR = 0.03"))
-    output = measured.drive("--experiments", 1, "--researcher", "search")
-    assert "git has another train.py: git checkout train.py takes that one" in output
 
 
 @pytest.mark.parametrize("to", ["comments", "the baseline"])
@@ -563,16 +547,6 @@ def test_a_gain_is_confirmed_at_other_budgets_beside_the_nights_own(measured, ll
     for text in output, (measured.folder / "progress.svg").read_text():
         assert "gain at 60 s" in text and "at 30 s +0." in text and "at 120 s +0." in text
     assert "budget 60.0 and this start has 30.0" in measured.drive("--budget", 30, code=1)
-
-
-def test_a_run_that_began_another_epoch_is_told_in_words():
-    run = {"num_steps": 10, "num_tokens": 1200, "train_seconds": 60, "epochs": 1.23}
-    assert ar.what_it_did(run) == "10 steps, 20 tokens/s, this run saw the text 1.2 times"
-    assert ar.what_it_did(run | {"epochs": 0.9}) == "10 steps, 20 tokens/s"
-    assert ar.what_it_did({}) == "no details"
-    exp = a_judged(0, [1.5], "keep")
-    exp.runs[-1]["epochs"] = 1.23
-    assert "the incumbent's newest run saw the text 1.2 times" in ar.summary([exp], {}, 60)
 
 
 @pytest.mark.parametrize("workers, printed, gpus, warned", [
