@@ -734,7 +734,7 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
     next phase has to begin within so many seconds, and the first one within `patience`.
     """
     key, now = os.urandom(16).hex(), time.monotonic()
-    event, phase, cause = {}, "before it started", ""
+    event, phase, cause = {}, "before it started", "ended without a report"
     printed = collections.deque([""], maxlen=30)    # the last lines
     with (open(log, "wb", buffering=0) as file,
           process_group([*command, "--key", key], environment) as process):
@@ -742,11 +742,8 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
             # Time does not count while the driver itself stands still, as after Ctrl-Z.
             before, now = now, time.monotonic()
             patience -= min(now - before, 1.0)
-            if patience < 0:
-                cause = "timeout"
-            if file.tell() > LOG_LIMIT:
-                cause = f"flooded its log: {LOG_LIMIT} bytes"
-            if cause:
+            if patience < 0 or file.tell() > LOG_LIMIT:
+                cause = "timeout" if patience < 0 else f"flooded its log: {LOG_LIMIT} bytes"
                 break
             # The candidate does not know the key, so what follows the key is from prepare.py.
             words, _, payload = line.partition(key.encode())
@@ -760,7 +757,6 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
             if "limit" in event:
                 phase, patience = f"in {event['event']}", event["limit"]
             on_event(event, printed[-1][:80])
-    cause = cause or "ended without a report"
     return checked(process.returncode, event, f"{cause}, {phase}", printed)
 
 
@@ -813,10 +809,9 @@ def process_group(command: list[str], environment: dict[str, str]) -> Iterator[s
 
 def run_environment(**more: str) -> dict[str, str]:
     """Return the environment for runs: ours without anything that looks like a secret."""
-    secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$", re.I)
-    ours = [name for form in FORMATS for name in form.urls]     # perhaps with a password
-    kept = {name: value for name, value in os.environ.items()
-            if not secret.search(name) and name not in ours}
+    # The URL of a proxy may hold a password.
+    secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$|API_BASE|BASE_URL", re.I)
+    kept = {name: value for name, value in os.environ.items() if not secret.search(name)}
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"} | more
 
 
@@ -1212,22 +1207,20 @@ def write_whole(path: Path, content: str | dict):
 
 def git_commit(description: str, reason: str) -> str:
     """Commit train.py alone, on a branch autoresearch/... only. Return its name, or ""."""
-    if not git("branch", "--show-current")[1].startswith("autoresearch/"):
+    def git(*args: str) -> str:
+        # Hooks may ask questions, and nobody is there at night.
+        command = shlex.join(["git", "-c", "core.hooksPath=/dev/null", *args])
+        return subprocess.getoutput(f"{command} < /dev/null", errors="replace")
+
+    if not git("branch", "--show-current").startswith("autoresearch/"):
         return ""
-    git("add", TRAIN)
-    words = git("commit", "--no-gpg-sign", "-m", f"{description}\n\n{reason}", "--", TRAIN)[1]
+    git("add", "train.py")
+    words = git("commit", "--no-gpg-sign", "-m", f"{description}\n\n{reason}", "--", "train.py")
     # What git has now decides: it may have had this commit already, from before a kill.
-    if git("rev-parse", "HEAD:./train.py") == git("hash-object", TRAIN):
-        return git("log", "-1", "--format=%h", "--abbrev=7", "--", TRAIN)[1]
+    if git("rev-parse", "HEAD:./train.py") == git("hash-object", "train.py"):
+        return git("log", "-1", "--format=%h", "--abbrev=7", "--", "train.py")
     say(f"{TRAIN} was not committed, and the night goes on: {one_line(words)}")
     return ""
-
-
-def git(*args: str | Path) -> tuple[int, str]:
-    """Return git's exit code and what it prints, also if there is no git."""
-    # Hooks may ask questions, and nobody is there at night.
-    command = shlex.join(["git", "-c", "core.hooksPath=/dev/null", *map(str, args)])
-    return subprocess.getstatusoutput(f"{command} < /dev/null", errors="replace")
 
 
 def one_line(text: str, limit: int = 300) -> str:
