@@ -33,7 +33,6 @@ import functools
 import hashlib
 import html
 import inspect
-import itertools
 import json
 import math
 import os
@@ -48,7 +47,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -262,7 +261,7 @@ class Lab:
         try:
             answer = await in_thread(llm.ask, prompt, exp.turns)
         except Away as absence:
-            return self.note_absence(exp, absence)
+            return self.note_absence(exp, *absence.args)
         # The reply was paid for, so it is saved at once.
         write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
         write_whole(exp.folder / f"response-{exp.calls}.json", answer.raw)
@@ -282,14 +281,14 @@ class Lab:
         if not answer.complete:
             raise Unusable(f"the reply is not complete ({answer.finish_reason}): be brief")
 
-    def note_absence(self, exp: Experiment, absence: Away):
+    def note_absence(self, exp: Experiment, reason: str, too_long: bool):
         """Wait longer before the next request, and tell less in it if the prompt was too long."""
-        if absence.too_long:
+        if too_long:
             self.history, exp.turns = self.history // 2, []
         if not self.away:
-            say(f"LLM: {absence.reason}; it is asked again at times, and the search fills in")
+            say(f"LLM: {reason}; it is asked again at times, and the search fills in")
         self.away = True
-        self.pause = min(max(2 * self.pause + 0.25, absence.wait), LONGEST_PAUSE)
+        self.pause = min(2 * self.pause + 0.25, LONGEST_PAUSE)
 
     @contextlib.asynccontextmanager
     async def accelerator(self, exp: Experiment) -> AsyncIterator[int]:
@@ -816,17 +815,12 @@ def run_environment(**more: str) -> dict[str, str]:
 
 
 # ---- 6  LLM: a client over raw HTTP, and one class for each wire format that it speaks ----------
-Answer = collections.namedtuple(    # complete: neither cut off nor empty nor refused
+Answer = collections.namedtuple(    # complete: neither cut off nor empty
     "Answer", "text complete finish_reason input_tokens output_tokens raw")
 
 
-@dataclass(eq=False)
 class Away(Exception):
-    """The LLM gives no answer now, but may give one later."""
-
-    reason: str
-    wait: float = 0.0           # seconds, if the server asks us to wait
-    too_long: bool = False      # whether the prompt is too long
+    """The LLM gives no answer now: (the reason, whether the prompt is too long)."""
 
 
 class LLM:
@@ -834,147 +828,125 @@ class LLM:
 
     def __init__(self, base_url: str | None, model: str | None):
         self.format = form = find_format(base_url, model)
-        url_from = "--base-url" if base_url else next(filter(os.environ.get, form.urls), "")
-        key_from = next(filter(os.environ.get, reversed(form.keys)), "")    # the token first
-        url = (base_url or os.environ.get(url_from, form.home)).strip("\"' \n/")
-        if not re.match("https?://", url):
-            raise Stop(f"{url_from} has to begin with http:// or https://")
-        url = re.sub("//[^/]*@", "//", url)     # without a password
+        url = base_url or next(filter(None, map(os.environ.get, form.urls)), form.home)
+        if not re.match("https?://", url := url.strip("\"' \r\n/")):
+            raise Stop(f"{url} has to begin with http:// or https://")
         self.url = url.removesuffix(form.path).removesuffix(form.version) + form.version
         self.model = model or (form.model if self.url == form.home else "")
-        self.key = re.sub("[\"']|Bearer |[^!-~]", "", os.environ.get(key_from, ""))
-        header, _, prefix = form.keys.get(key_from, "").partition(": ")
-        self.headers = form.headers | ({header: prefix + self.key} if self.key else {})
-        self.set_by = ", ".join(filter(None, (url_from, key_from)))
-        self.answered = False       # after the first answer, no refusal ends the driver
+        self.key_from = next(filter(os.environ.get, form.keys), "no key")
+        self.key = os.environ.get(self.key_from, "").strip("\"' \r\n") or "no-key"
+        name, prefix = form.keys.get(self.key_from, ("Authorization", "Bearer "))
+        self.headers = form.headers | {name: prefix + self.key}
 
     def greet(self) -> str:
-        """Check the key, take the only model if none was named, and return who is asked."""
-        refusals = (401, 403) if self.model else range(500)     # not every server has /models
-        with contextlib.suppress(Away):     # no answer now: ask() calls greet() again
-            names = self.http("/models", None, refusals, lambda data: [
-                model.get("id") or model["name"] for model in data.get("data") or data["models"]])
-            if not self.model and len(names) != 1:
-                raise Stop(one_line(f"choose a --model of {self.url}: {names}", 1000))
-            self.model = self.model or str(names[0])
-        return (f"researcher  {self.model or 'an LLM'} at {self.url} ({self.set_by}); it costs "
-                "money, unless it is yours; program.md, train.py and the history are sent there")
+        """Check the key, take the only model if none was named, and tell who is asked."""
+        try:
+            names = self.http("/models", None, lambda data: [
+                one.get("id") or one["name"] for one in data.get("data") or data["models"]])
+        except Away as absence:     # not every server has /models
+            if not self.model or re.match("HTTP 40[13]", absence.args[0]):
+                raise Stop(f"{absence.args[0]}: see to the key, --model, --base-url") from None
+        if not self.model and len(names) != 1:
+            raise Stop(one_line(f"choose a --model of {self.url}: {names}", 1000))
+        self.model = self.model or names[0]
+        return f"researcher  {self.model} at {self.url} ({self.key_from}); it may cost money"
 
     def ask(self, prompt: list[str], turns: list[str]) -> Answer:
-        """Send a prompt, its system text first, and the turns since (reply, complaint, ...)."""
-        if not self.model:
-            self.greet()
-        said = zip(itertools.cycle(("user", "assistant")), ["".join(prompt[1:]), *turns])
-        chat = [{"role": role, "content": text} for role, text in said]
-        body = self.format.body(self.model, prompt, chat)
-        path = self.format.path.format(model=self.model)
-        answer = self.http(path, body, range(300, 500), self.read)
-        self.answered = True
-        return answer
+        """Send a prompt and the turns since then: reply, complaint, reply, ..."""
+        chat = [{"role": "user", "content": "".join(prompt[1:])}]
+        for n, text in enumerate(turns):
+            chat.append({"role": "user" if n % 2 else "assistant", "content": text})
+        body = {"model": self.model} | self.format.body(prompt, chat)
+        return self.http(self.format.path, body, self.read)
 
     def read(self, data: dict) -> Answer:
-        """Return the Answer in a response. Counts may be strings or null."""
-        content, reason, *counts = self.format.read(data)
+        """Return the Answer in a response."""
+        content, reason = self.format.read(data)
         parts = content if isinstance(content, list) else [{"text": content}]
-        text = "".join(part.get("text") or "" for part in parts)    # a thought has no "text"
-        text = text.encode("utf-8", "replace").decode()     # without lone surrogates
+        text = "".join(part.get("text") or "" for part in parts)    # a thought has none
+        text = text.encode("utf-8", "replace").decode()     # no half character
         reason = str(reason or "stop").lower()
-        complete = reason in ("stop", "end_turn", "stop_sequence", "eos", "eos_token")
-        sent, got = (sum(int(float(count or 0)) for count in some) for some in counts)
-        return Answer(text, complete and bool(text.strip()), reason, sent, got, data)
+        ended = reason in ("stop", "end_turn", "stop_sequence", "eos", "eos_token")
+        usage = data.get("usage") or {}
+        got, *sent = [int(usage.get(name) or 0) for name in self.format.counts]
+        return Answer(text, ended and bool(text.strip()), reason, sum(sent), got, data)
 
-    def http(self, path: str, body: dict | None, refusals: Container, read: Callable) -> object:
-        """Return what read() makes of the answer. Raises only Away, or Stop after a refusal."""
-        local = re.match(r"https?://(localhost|127\.|\[::1)", self.url)
+    def http(self, path: str, body: dict | None, read: Callable) -> object:
+        """Return what read() makes of the answer. Without a body, it is a GET."""
         try:
             response = requests.request(
-                "POST" if body else "GET", self.url + path, json=body, headers=self.headers,
-                timeout=(10, 1800 if body else 30),     # a local model may need half an hour
-                allow_redirects=False,          # a redirect might lead the key elsewhere
-                auth=lambda request: request,   # else ~/.netrc would replace our header
-                proxies=dict.fromkeys(("http", "https", "all")) if local else None)
-        except Exception as problem:    # requests lets errors of others through
-            raise Away(one_line(f"no answer from {self.url}: {problem}")) from None
+                "POST" if body else "GET", self.url + path, json=body,
+                headers=self.headers, auth=lambda request: request,     # and not that of ~/.netrc
+                allow_redirects=False,      # a redirect may take the key elsewhere
+                timeout=(10, 1800 if body else 30))     # a local model may need half an hour
+        except Exception as problem:
+            raise Away(one_line(f"no answer from {self.url}: {problem}"), False) from None
         code, text = response.status_code, response.content.decode("utf-8-sig", "replace")
-        failed = code >= 300 or re.search(r'"error"\s*:\s*(\{\s*"|"[^"])', text)
         with contextlib.suppress(Exception):    # the server may have sent anything
-            data = json.loads(text)
-            if not failed:
-                return read({"data": data} if isinstance(data, list) else data)
-        # Servers name a failure in many ways: a 200 may hold a 429, or say "overloaded".
-        words = f"{code} {text[:2000].lower()}" if failed else ""
-        busy = re.search(r"\b(408|429|503)\b|rate.?limit|many.requests|overloaded|per min", words)
-        # "max_tokens is too large" is about the length of the reply, and not of the prompt.
-        long = re.search(r"(?s)context|^(?!.*max_).*(too (long|large)|\btokens\b)", words)
-        too_long = code == 413 or bool(long and not busy and code in (200, 400, 422, 500))
-        reason = f"HTTP {code} from {response.url}: {text}".replace(self.key or "\0", "KEY")
-        if code in refusals and not (busy or too_long or self.answered):
-            raise Stop(f"the LLM's server refuses: {one_line(reason)} -> "
-                       "check the API key, --model, --base-url")
-        wait = re.match("[0-9]{0,6}", response.headers.get("Retry-After", ""))[0]
-        raise Away(one_line(reason), float("0" + wait), too_long)
+            return read(json.loads(text))
+        problem = f"HTTP {code} from {self.url}{path}: {text}".replace(self.key, "KEY")
+        long = code in (400, 422, 500) and re.search(r"(?i)context|\btokens", text)
+        raise Away(one_line(problem), code == 413 or bool(long))
 
 
 class OpenAI:
     """OpenAI's chat completions, which most servers offer."""
 
     home, version, path = "https://api.openai.com/v1", "", "/chat/completions"
-    model = "gpt-5.5"                       # the default, by OpenAI's deprecations, 2026-11-25
-    own = r"^(ft:)?(gpt-\d|chatgpt|o\d)"    # models and URLs that only this format has
-    urls = "OPENAI_BASE_URL", "OPENAI_API_BASE"          # environment variables
-    keys = {"OPENAI_API_KEY": "Authorization: Bearer "}  # and how each is sent
+    model = "gpt-5.5"           # by OpenAI's deprecations, 2026-11-25
+    own = r"^(gpt-\d|o\d)"      # models and URLs of this format alone
+    urls = "OPENAI_BASE_URL", "OPENAI_API_BASE"
+    keys = {"OPENAI_API_KEY": ("Authorization", "Bearer ")}     # variable: header, prefix
     headers = {}
+    counts = "completion_tokens", "prompt_tokens"   # of a reply, of a prompt
 
-    def body(self, model: str, prompt: list[str], chat: list[dict]) -> dict:
-        return {"model": model, "messages": [{"role": "system", "content": prompt[0]}, *chat]}
+    def body(self, prompt: list[str], chat: list[dict]) -> dict:
+        return {"messages": [{"role": "system", "content": prompt[0]}, *chat]}
 
     def read(self, data: dict) -> tuple:
-        """Return the text, why it ended, and counts of the tokens sent and got."""
-        choice, *_ = data["choices"] or [{}]
-        message, usage = choice.get("message") or {}, data.get("usage") or {}
+        choice = data["choices"][0]
+        message = choice["message"]
         text = message.get("content") or message.get("reasoning_content")
-        reason = message.get("refusal") or choice.get("finish_reason")
-        return text, reason, [usage.get("prompt_tokens")], [usage.get("completion_tokens")]
+        return text, choice.get("finish_reason")
 
 
 class Anthropic:
     """Anthropic's messages. A third format is one more class in FORMATS."""
 
     home, version, path = "https://api.anthropic.com/v1", "/v1", "/messages"
-    model = "claude-sonnet-5-5"  # by the migration guide of Sonnet 5.5, 2026-11-25
-    own = r"^claude|//api\.anthropic\.com(/|$)|/(anthropic|messages)(/v1)?/*$"
-    urls = ("ANTHROPIC_BASE_URL",)
-    keys = {"ANTHROPIC_API_KEY": "x-api-key: ", "ANTHROPIC_AUTH_TOKEN": "Authorization: Bearer "}
+    model = "claude-sonnet-5-5"     # by its migration guide, 2026-11-25
+    own = r"^claude|//api\.anthropic\.com|\w/anthropic(/|$)"
+    urls = ["ANTHROPIC_BASE_URL"]
+    keys = {"ANTHROPIC_AUTH_TOKEN": ("Authorization", "Bearer "),
+            "ANTHROPIC_API_KEY": ("x-api-key", "")}
     headers = {"anthropic-version": "2023-06-01"}
+    counts = ("output_tokens", "input_tokens",
+              "cache_creation_input_tokens", "cache_read_input_tokens")
 
-    def body(self, model: str, prompt: list[str], chat: list[dict]) -> dict:
-        system, *parts = [{"type": "text", "text": text} for text in prompt]
-        mark = {"type": "ephemeral", "ttl": "1h"}   # the prompt is cached up to these marks
-        system["cache_control"] = mark
-        parts[-2]["cache_control"] = mark           # the last part differs each time
+    def body(self, prompt: list[str], chat: list[dict]) -> dict:
+        parts = [{"type": "text", "text": text} for text in prompt[1:]]
+        # All but the last part is cached.
+        parts[-2]["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
         chat[0]["content"] = parts
-        return {"model": model, "system": [system], "messages": chat, "max_tokens": 32_000}
+        return {"system": prompt[0], "messages": chat, "max_tokens": 32_000}
 
     def read(self, data: dict) -> tuple:
-        usage = data.get("usage") or {}
-        sent = ["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"]
-        counts = [*map(usage.get, sent)], [usage.get("output_tokens")]
-        return data["content"], data.get("stop_reason"), *counts
+        return data["content"], data.get("stop_reason")
 
 
-# With keys of both set, the first is asked. A --base-url that fits no `own` gets the last.
+# If keys of both are set, the first is asked. A --base-url of neither gets the last.
 FORMATS = Anthropic(), OpenAI()
 CONNECT = ", ".join(name for form in FORMATS for name in form.keys) + " or --base-url"
 
 
 def find_format(base_url: str | None, model: str | None = None) -> OpenAI | Anthropic | None:
     """Return the format that the flags and variables ask for, or None."""
+    fits = [form for form in FORMATS if re.search(form.own, base_url or model or "")]
     if base_url:
-        return next((form for form in FORMATS if re.search(form.own, base_url)), FORMATS[-1])
+        return (fits or FORMATS)[-1]
     ready = [form for form in FORMATS if any(map(os.environ.get, (*form.urls, *form.keys)))]
-    of_model = [form for form in ready if re.search(form.own, model or "")]
     with_url = [form for form in ready if any(map(os.environ.get, form.urls))]
-    return next(iter(of_model + with_url + ready), None)
+    return next((form for form in fits + with_url + ready if form in ready), None)
 
 
 # ---- 7  Reply: from the words of an LLM to the source of a candidate ----------------------------

@@ -48,8 +48,8 @@ def client(server, monkeypatch):
     (answer(EDIT, None), True), ("\ufeff\n" + json.dumps(answer(EDIT)), True),
     *[(answer(EDIT, end), False) for end in ("length", "content_filter", "MAX_TOKENS")],
     (answer(EDIT, "STOP"), True), (answer(EDIT + "\ud83d"), True),
-    (answer(" \n"), False), (answer(EDIT, refusal="no"), False),
-    (answer("") | {"choices": []}, False), (answer(EDIT) | {"error": None}, True)])
+    (answer(" \n"), False), (answer(None, refusal="no"), False), (answer(EDIT, "error"), False),
+    (answer(EDIT) | {"error": None}, True)])
 def test_a_reply_is_read_in_whatever_form_it_comes_and_its_tokens_count(client, body, complete):
     got = client(200, body).ask(PROMPT, [])
     assert got.complete is complete
@@ -71,47 +71,21 @@ def test_anthropic_is_asked_in_its_format_and_cached_tokens_count(client, server
 
 
 @pytest.mark.parametrize("wire", ["url", "anthropic_url"])
-@pytest.mark.parametrize("code, error, kind", [
-    (401, f"no such key: {KEY}", "stop"), (404, "nobody", "stop"), (307, "elsewhere", "stop"),
-    (400, "max_tokens: 32000 > 8192 output tokens", "stop"), (200, "no credits", "away"),
-    (200, "context length exceeded", "long"), (500, "context size", "long"),
-    (400, "9810 tokens do not fit in 8192", "long"), (413, "", "long"),
-    # A busy server may say so in any code; only a 413 is about the prompt whatever it says.
-    (200, {"code": 429, "message": "Rate limit reached: 40000 tokens"}, "away"),
-    (400, {"code": "429", "message": "wait for the context"}, "away"),
-    (429, "6000 tokens in context", "away"), (400, {"code": 503}, "away"), (408, "", "away"),
-    (400, {"type": "rate_limit_error", "message": "too many tokens"}, "away"),
-    (200, "Limit of 40000 tokens per minute", "away"), (200, {"code": 402}, "away"),
-    (413, {"code": "rate_limit_exceeded", "message": "7100 tokens of 6000 a minute"}, "long")])
-def test_a_refusal_is_final_only_before_a_good_reply(client, server, code, error, kind, wire):
-    words = error if isinstance(error, str) else error.get("message", "")
-    body = {"error": error} if code < 500 else error
-    llm = client(code, body, getattr(server, wire), Retry_After="7", Location="http://x.invalid")
-    for llm.answered in False, True:
-        expected = ar.Stop if kind == "stop" and not llm.answered else ar.Away
-        with pytest.raises(expected) as caught:
-            llm.ask(PROMPT, [])
-        assert f"HTTP {code} from http://127" in str(caught.value)
-        assert words.replace(KEY, "KEY") in str(caught.value)
-        if expected is ar.Away:
-            assert caught.value.too_long is (kind == "long") and caught.value.wait == 7
-
-
-@pytest.mark.parametrize("code, too_long", [(429, False), (None, True)])
-def test_an_error_within_a_choice_is_no_reply(client, code, too_long):
-    body = answer(EDIT, "error")
-    body["choices"][0]["error"] = {"code": code, "message": "40000 tokens in context"}
+@pytest.mark.parametrize("code, error, too_long", [
+    (401, f"no such key: {KEY}", False), (404, "nobody", False), (307, "elsewhere", False),
+    (200, "no credits", False), (408, "", False), (503, "Loading model", False),
+    (429, "Rate limit reached: 6000 tokens in context", False),
+    (400, "max_tokens: 32000 > 8192", False), (500, "context size", True),
+    (400, "9810 tokens do not fit in 8192", True), (413, "", True),
+    (422, "Context length exceeded", True)])
+def test_a_refusal_is_told_in_the_servers_words(client, server, code, error, too_long, wire):
+    body = {"error": {"message": error}} if code < 500 else error
+    llm = client(code, body, getattr(server, wire), Location="http://x.invalid")
     with pytest.raises(ar.Away) as caught:
-        client(200, body).ask(PROMPT, [])
-    assert caught.value.too_long is too_long
-
-
-@pytest.mark.parametrize("header, seconds", [
-    ("7", 7), ("7.5", 7), ("9" * 400, 999999), ("-3", 0), ("Wed, 21 Oct 2099 07:28:00 GMT", 0)])
-def test_a_server_may_ask_to_wait_in_any_form(client, header, seconds):
-    with pytest.raises(ar.Away) as caught:
-        client(429, "", Retry_After=header).ask(PROMPT, [])
-    assert caught.value.wait == seconds
+        llm.ask(PROMPT, [])
+    reason, long = caught.value.args
+    assert f"HTTP {code} from http://127" in reason and error.replace(KEY, "KEY") in reason
+    assert long is too_long
 
 
 @pytest.mark.parametrize("wire", ["url", "anthropic_url"])
@@ -122,15 +96,16 @@ def test_a_server_may_ask_to_wait_in_any_form(client, header, seconds):
 def test_what_is_no_answer_is_shown_in_the_servers_words(client, server, body, wire):
     with pytest.raises(ar.Away) as caught:
         client(200, body, getattr(server, wire)).ask(PROMPT, [])
-    assert body[:60].replace('"', "'") in caught.value.reason and not caught.value.too_long
+    reason, too_long = caught.value.args
+    assert body[:60].replace('"', "'") in reason and not too_long
 
 
 @pytest.mark.parametrize("code, offered, named, model", [
-    (200, [{"id": "one"}], None, "one"), (200, {"models": [{"name": "one"}]}, None, "one"),
-    (200, {"data": [{"id": "one"}]}, None, "one"), (404, "no", "m", "m"), (503, "no", "m", "m"),
+    (200, {"data": [{"id": "one"}]}, None, "one"), (200, {"models": [{"name": "one"}]}, None, "one"),
+    (404, "no", "m", "m"), (503, "no", "m", "m"),
     (200, {"data": [{"id": "one"}, {"id": "two"}]}, None, "--model .*'one', 'two'"),
     *[(200, nothing, None, "--model") for nothing in (
-        {"data": []}, {"models": []}, {"data": [7]}, "<html>", {"error": "no such path"})],
+        {"data": []}, [{"id": "one"}], {"data": [7]}, "<html>", {"error": "no such path"})],
     (401, "no", "m", "HTTP 401"), (401, "no", None, "HTTP 401"), (404, "no", None, "HTTP 404")])
 def test_a_start_finds_a_wrong_key_and_takes_the_model_named_or_the_only_one(
         server, monkeypatch, code, offered, named, model):
@@ -143,18 +118,7 @@ def test_a_start_finds_a_wrong_key_and_takes_the_model_named_or_the_only_one(
         assert f" {model} at {server.url}" in llm.greet() and llm.model == model
 
 
-def test_a_model_is_looked_for_until_the_server_is_there(client, server, monkeypatch):
-    llm = client(200, answer(EDIT), model=None)
-    monkeypatch.setattr(server.RequestHandlerClass, "do_GET", lambda h: h.send(503, "loading"))
-    assert f" an LLM at {server.url} (--base-url, OPENAI_API_KEY)" in llm.greet()
-    monkeypatch.undo()
-    assert llm.ask(PROMPT, []).complete and llm.model == "scripted"
-
-
-def test_a_local_server_is_asked_without_proxy_and_netrc(client, server, tmp_path, monkeypatch):
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+def test_the_whole_prompt_is_sent_with_the_key(client, server):
     assert client(200, answer(EDIT)).ask(PROMPT, []).complete
     _, headers, sent = server.requests[0]
     assert headers["Authorization"] == f"Bearer {KEY}"
@@ -165,25 +129,33 @@ def test_a_local_server_is_asked_without_proxy_and_netrc(client, server, tmp_pat
 @pytest.mark.parametrize("url, why", [
     ("http://127.0.0.1:9/v1", "Connection refused"), ("http:///v1", "Invalid URL")])
 def test_a_connection_that_fails_says_why(url, why):
+    llm = ar.LLM(url, "m")
+    assert f" m at {url} " in llm.greet(), "it may be there later"
     with pytest.raises(ar.Away, match=why):
-        ar.LLM(url, "m").ask(PROMPT, [])
+        llm.ask(PROMPT, [])
+    with pytest.raises(ar.Stop, match=f"{why}.*--base-url"):
+        ar.LLM(url, None).greet()
+
+
+def test_a_url_without_its_beginning_is_refused_at_once():
+    with pytest.raises(ar.Stop, match="ollama/v1 has to begin with http"):
+        ar.LLM("ollama/v1", "m")
 
 
 @pytest.mark.parametrize("base, url", [
-    ("http://x/v1/chat/completions/", "http://x/v1"), (" http://x/v1//\n", "http://x/v1"),
-    ("http://x/anthropic", "http://x/anthropic/v1"), ("http://x/v1/messages", "http://x/v1"),
-    ("https://api.anthropic.com", "https://api.anthropic.com/v1"),
-    ("http://me:secret@x/v1", "http://x/v1"), ("http://x/a@b", "http://x/a@b")])
-def test_a_base_url_is_taken_in_its_usual_forms_and_without_its_password(base, url, monkeypatch):
+    ("http://x/v1/chat/completions/", "http://x/v1"), ("'http://x/v1//'\r", "http://x/v1"),
+    ("http://x/anthropic", "http://x/anthropic/v1"),
+    ("http://x/anthropic/v1/messages", "http://x/anthropic/v1"),
+    ("https://api.anthropic.com", "https://api.anthropic.com/v1")])
+def test_a_base_url_is_taken_in_its_usual_forms(base, url, monkeypatch):
     set_only(monkeypatch)
     assert ar.LLM(base, "m").url == url
-    with pytest.raises(ar.Stop, match="has to begin with http"):
-        ar.LLM(base.replace("http", ""), "m")
 
 
 OAI, ANT = {"OPENAI_API_KEY": "o"}, {"ANTHROPIC_API_KEY": "a"}
 TOKEN = {"ANTHROPIC_AUTH_TOKEN": "t", "ANTHROPIC_BASE_URL": "http://x"}
-SENT = {key: {"Authorization": f"Bearer {key}"} for key in "ot"} | {"a": {"x-api-key": "a"}, "": {}}
+SENT = {key: {"Authorization": f"Bearer {key}"} for key in ("o", "t", "no-key")}
+SENT["a"] = {"x-api-key": "a"}
 
 
 @pytest.mark.parametrize("variables, base_url, model, expected", [
@@ -200,11 +172,10 @@ SENT = {key: {"Authorization": f"Bearer {key}"} for key in "ot"} | {"a": {"x-api
     (TOKEN | ANT, None, None, "Anthropic http://x/v1 t"),
     # A flag: its format is told by its address, whatever the host is called.
     (OAI | ANT, "http://my-anthropic-proxy:8/v1", None, "OpenAI http://my-anthropic-proxy:8/v1 o"),
-    (OAI | ANT, "http://api.anthropic.com.x/v1", None, "OpenAI http://api.anthropic.com.x/v1 o"),
-    (ANT, "http://x/v1", None, "OpenAI http://x/v1 "),
+    (ANT, "http://x/v1", None, "OpenAI http://x/v1 no-key"),
     (OAI | ANT, "https://api.anthropic.com", "gpt-5.5", "Anthropic home a"),
     (OAI | ANT, "http://x/anthropic/", None, "Anthropic http://x/anthropic/v1 a"),
-    ({"OPENAI_API_KEY": "Bearer 'o\u200b\n'"}, None, None, "OpenAI home o")])
+    ({"OPENAI_API_KEY": "'o'\r"}, None, None, "OpenAI home o")])
 def test_what_was_set_decides_who_is_asked(variables, base_url, model, expected, monkeypatch):
     set_only(monkeypatch, **variables)
     llm = ar.LLM(base_url, model)
@@ -220,9 +191,9 @@ def test_nothing_is_asked_if_nothing_is_set(monkeypatch):
 
 
 def test_the_first_line_says_who_is_asked_by_which_variable_and_that_it_costs(monkeypatch):
-    monkeypatch.setattr(ar.LLM, "http", lambda *args: [])       # so that no provider is asked
+    monkeypatch.setattr(ar.LLM, "http", lambda *args: ["m"])    # so that no provider is asked
     set_only(monkeypatch, **OAI | ANT)
     line = ar.LLM(None, "gpt-5.5").greet()
-    assert "gpt-5.5 at https://api.openai.com/v1 (OPENAI_API_KEY); it costs money, " in line
-    assert "program.md, train.py and the history are sent there" in line
-    assert "m at http://x/v1 (--base-url, OPENAI_API_KEY)" in ar.LLM("http://x/v1", "m").greet()
+    assert "gpt-5.5 at https://api.openai.com/v1 (OPENAI_API_KEY); it may cost money" in line
+    set_only(monkeypatch)
+    assert "m at http://x/v1 (no key)" in ar.LLM("http://x/v1", None).greet()

@@ -75,6 +75,6 @@ def test_recorded_replies_are_served_as_an_endpoint_while_they_fit(measured, bef
         measured.wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "a port")
         output = measured.drive("--experiments", 2, "--budget", 5)
         endpoint.kill()
-    assert f"researcher  recorded at http://127.0.0.1:{port}/v1 (OPENAI_BASE_URL)" in output
+    assert f"researcher  recorded at http://127.0.0.1:{port}/v1 (no key)" in output
     assert (measured.folder / "runs/0001/reply-0.md").read_text("utf-8") == REPLIES[0]
     assert "34 replies are left, and the next one is for another incumbent" in output
