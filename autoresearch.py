@@ -833,7 +833,7 @@ class LLM:
             raise Stop(f"{url} has to begin with http:// or https://")
         self.url = url.removesuffix(form.path).removesuffix(form.version) + form.version
         self.model = model or (form.model if self.url == form.home else "")
-        self.key_from = next(filter(os.environ.get, form.keys), "no key")
+        self.key_from = next(filter(os.environ.get, reversed(form.keys)), "no key")     # the token
         self.key = os.environ.get(self.key_from, "").strip("\"' \r\n") or "no-key"
         name, prefix = form.keys.get(self.key_from, ("Authorization", "Bearer "))
         self.headers = form.headers | {name: prefix + self.key}
@@ -917,8 +917,8 @@ class Anthropic:
     model = "claude-sonnet-5-5"     # by its migration guide, 2026-11-25
     own = r"^claude|//api\.anthropic\.com|\w/anthropic(/|$)"
     urls = ["ANTHROPIC_BASE_URL"]
-    keys = {"ANTHROPIC_AUTH_TOKEN": ("Authorization", "Bearer "),
-            "ANTHROPIC_API_KEY": ("x-api-key", "")}
+    keys = {"ANTHROPIC_API_KEY": ("x-api-key", ""),
+            "ANTHROPIC_AUTH_TOKEN": ("Authorization", "Bearer ")}
     headers = {"anthropic-version": "2023-06-01"}
     counts = ("output_tokens", "input_tokens",
               "cache_creation_input_tokens", "cache_read_input_tokens")

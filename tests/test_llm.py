@@ -101,7 +101,8 @@ def test_what_is_no_answer_is_shown_in_the_servers_words(client, server, body, w
 
 
 @pytest.mark.parametrize("code, offered, named, model", [
-    (200, {"data": [{"id": "one"}]}, None, "one"), (200, {"models": [{"name": "one"}]}, None, "one"),
+    (200, {"data": [{"id": "one"}]}, None, "one"),
+    (200, {"models": [{"name": "one"}]}, None, "one"),
     (404, "no", "m", "m"), (503, "no", "m", "m"),
     (200, {"data": [{"id": "one"}, {"id": "two"}]}, None, "--model .*'one', 'two'"),
     *[(200, nothing, None, "--model") for nothing in (
