@@ -1113,42 +1113,35 @@ def code_in(source: str) -> str:
 
 
 # ---- 8  Search: proposals that need no LLM ------------------------------------------------------
-NUMBER = r"2 \*\* \d\d?|[1-9]\d{,8}|0|\d{1,9}\.\d+|[1-9](?:\.\d+)?e-\d\d?"
-KNOB = re.compile(rf"(?m)^([A-Z][A-Z\d_]*)(?:: \w+)? = (?P<number>{NUMBER})"
-                  rf"(?: if CUDA else (?P<other>{NUMBER}))?[ ]*(?:#.*)?$")
+NUMBER = r"2 \*\* \d\d?|(?:0|[1-9]\d{,8})(?:\.\d+)?(?:e-\d\d?)?"
+# "DEPTH = 9 if CUDA else 1    # layers"
+KNOB = re.compile(rf"(?m)^([A-Z][A-Z\d_]*) = (?P<number>{NUMBER})"
+                  rf"(?: if CUDA else (?P<other>{NUMBER}))? *(?:#.*)?$")
 
 
 def random_moves(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[str, str]]:
-    """Yield (description, changed source) again and again: some knobs, moved."""
-    # In `DEPTH = 9 if CUDA else 1`, the knob is the side that this device uses.
-    knobs = {knob[1]: knob.span("other" if knob["other"] and not cuda else "number")
-             for knob in KNOB.finditer(source)}
-    for attempt in range(200 if knobs else 0):
-        text, moves = source, []
-        how_many = rng.choice((1, 1, 1, 2, 2, 3))       # mostly one: its effect is clear
-        chosen = rng.sample(list(knobs), min(len(knobs), how_many))
-        for name in sorted(chosen, key=knobs.get, reverse=True):    # last first: spans stay valid
-            start, end = knobs[name]
-            old = eval(source[start:end])   # "0.5" or "2 ** 17": KNOB lets nothing else through
-            # Steps widen with the attempts: what is near has been seen.
-            new = moved(old, rng.choice((-1, 1)) * rng.uniform(0.2, 0.8) * 1.03 ** attempt)
-            if old and new != old:
-                text = text[:start] + repr(new) + text[end:]
-                moves.append(f"{name} {old!r} -> {new!r}")
-        if moves:
-            yield ", ".join(moves), text
+    """Yield (description, source with one knob moved) again and again."""
+    knobs = list({knob[1]: knob for knob in KNOB.finditer(source)}.values())
+    for _ in range(200 if knobs else 0):
+        knob = rng.choice(knobs)
+        side = "other" if knob["other"] and not cuda else "number"
+        old = eval(knob[side])      # KNOB lets only numbers through
+        new = moved(old, math.exp(rng.choice((-1, 1)) * rng.uniform(0.2, 0.8)))
+        if old and new != old:
+            start, end = knob.span(side)
+            changed = source[:start] + repr(new) + source[end:]
+            yield f"{knob[1]} {old!r} -> {new!r}", changed
 
 
-def moved(value: float, change: float) -> float:
-    """Return a knob's value after a step of `change` in log space; 0 stays 0."""
-    factor = math.exp(max(-1.5, min(1.5, change)))
+def moved(value: float, factor: float) -> float:
+    """Return a knob's value times factor, as far as its kind allows."""
+    if isinstance(value, int) and value > 2 and value.bit_count() == 1:
+        return value * 2 if factor > 1 else value // 2  # a power of two remains one
     if isinstance(value, int):
-        if value > 2 and value.bit_count() == 1:    # powers of two stay powers of two
-            return value * 2 if change > 0 else value // 2
-        return math.ceil(value * factor) if change > 0 else max(1, math.floor(value * factor))
-    if 0.5 <= value < 1:        # a momentum, say: what counts is its distance to 1
-        return float(f"{max(value / 2, 1 - (1 - value) / factor):.4g}")
-    return float(f"{value * factor:.3g}")
+        return max(1, round(value * factor))
+    if value < 1:       # a share stays below 1: its odds are multiplied
+        factor /= 1 - value + value * factor
+    return float(f"{value * factor:.4g}")
 
 
 # ---- 9  Files: the ledger, experiment.json, git -------------------------------------------------
