@@ -950,63 +950,56 @@ def find_format(base_url: str | None, model: str | None = None) -> OpenAI | Anth
 
 
 # ---- 7  Reply: from the words of an LLM to the source of a candidate ----------------------------
+# Beside a pattern stands an example of what it finds.
+TAG = r"[\w:]*(?:think|thought|reason)\w*[>\]▷]"    # of "</think>"
+MARK = re.compile(r"(?m)^[ \d.)*`-]*([<=>])\1{4}.*\n?")     # "2. <<<<<<< SEARCH"
+FENCE = re.compile(r"(?m)^ *(?:```|~~~).*\n?")  # "```python"
+WHOLE_FILE = re.compile(r"(?ms)^(import|from) [^\n]*prepare.*^def train\(")
+DESCRIPTION = re.compile(r"(?im)^[^a-z\n]*description[\s:*_`-]*(.+)")   # "**Description**: wider"
+CHOICE = re.compile(r"(?im)^[^a-z\n]*(description|or|option|alternative\w*)\b")     # "## Option B"
+COMMENT = re.compile(r"(?m)(?<=\S)[ \t]+(#.*)?$")   # "    # layers"
+# "# ... the rest of the file", "pass  # as before"
+LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b(as (above|before)|existing|omitted|"
+                      r"remain\w*|rest of|same as|unchanged)\b")
+
+
 def apply_reply(reply: str, source: str) -> tuple[str, str]:
     """Return (description, new source). Raises Unusable: it never guesses."""
     description, _, blocks = read_reply(reply, source)
     return description, edited(source, blocks)
 
 
-MARK = r"^[ \d.)*`-]*"      # what may stand before <<<<<, ===== or >>>>>: blanks, "2. ", "- **"
-LINES = rf"((?:(?!{MARK}[<=>]{{5}}).*\n)*)"     # up to the next mark
-BLOCK = re.compile(rf"(?m){MARK}<{{5}}.*\n{LINES}{MARK}={{5}}.*\n{LINES}{MARK}>{{5}}.*")
-# From one fence to the next, except for fences inside a docstring.
-FENCED = re.compile(r"(?ms)^ *(```|~~~)[^\n]*\n((?>('''|\"\"\").*?\3|.)*?)(?=^ *\1)")
-THOUGHTS = r"[\w:]*(?:think|thought|reason)"
-# Words of comments that stand for code, such as "# the rest is unchanged".
-LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b(?:as above|as before|as is|as it was|code|existing|"
-                      r"no changes?|omitted|remain\w*|rest|same|unchanged|untouched)\b")
-
-
 def read_reply(reply: str, source: str) -> tuple[str, str, list[tuple[str, str]]]:
     """Return (description, why, [(SEARCH, REPLACE), ...]). A whole file replaces the source."""
-    text = tidy(reply)
-    blocks = list(dict.fromkeys(BLOCK.findall(text)))   # some LLMs say everything twice
-    prose = BLOCK.sub("\0", text)
-    files = {textwrap.dedent(code) for _, code, _ in FENCED.findall(prose)
-             if re.search(r"(?ms)^ *(import|from) [^\n]*prepare.*^ *def train\(", code)}
-    proposals = [[(source, file)] for file in files] + ([blocks] if blocks else [])
-    # between two blocks: "Alternatively:" or "## Option B"
-    between = prose.partition("\0")[2].rpartition("\0")[0]
-    choice = re.search(r"(?im)^[^a-z\n]*(description|or|option|alternative\w*)\b", between)
-    if choice or re.search("<{5}|>{5}", prose) or len(proposals) != 1:
-        raise Unusable(f"{len(blocks)} SEARCH blocks and {len(files)} fences with a whole "
-                       "file: give one proposal, in the form asked for")
-    # "DESCRIPTION: faster", "1. **Description** - faster", ...
-    said = re.search(r"(?im)^[^a-z\n]*description[*_` ]*(?:[:：>=–—-]|$)\s*([^\0\n]+)", prose)
-    why = re.split("\0|```", prose[said.end() if said else 0:])[0]
-    name = one_line(said[1].strip("*_` ") if said else why, 120) or "no description"
-    return name, one_line(why, 500), proposals[0]
-
-
-def tidy(reply: str) -> str:
-    """Return a reply without thoughts, HTML, tabs, and blanks at the ends of lines."""
-    # "</think>", "[/THINK]" or a channel of gpt-oss ends thoughts; some have no end.
-    text = re.split(rf"(?i)[<\[◁]/{THOUGHTS}\w*\W|final<\|message\|>|assistantfinal", reply)[-1]
-    text = re.split(rf"(?im)^[<\[◁]{THOUGHTS}|analysis<\|message\|>", text)[0]
-    text = html.unescape(text) if "&lt;&lt;&lt;" in text else text
-    text = re.sub(r"(?<![ \t])[ \t]*((?<!\r)\r+\n|\r|\n)", "\n", text.replace("\xa0", " "))
-    return re.sub(r"(?m)^[ \t]+", lambda blanks: blanks[0].expandtabs(4), text)
+    text = re.split(rf"(?i)[<\[◁]/{TAG}|final<\|message\|>|assistantfinal", reply)[-1]
+    text = re.split(rf"(?i)[<\[◁]{TAG}", text)[0]       # thoughts without an end
+    text = "\n".join(line.rstrip() for line in text.replace("\xa0", " ").split("\n"))
+    text = re.sub(r"(?m)^[ \t]+", lambda blanks: blanks[0].expandtabs(4), text)
+    parts = MARK.split(text)    # prose, "<", SEARCH, "=", REPLACE, ">", prose, "<", ...
+    texts, marks = parts[::2], "".join(parts[1::2])
+    blocks = list(zip(texts[1::3], texts[2::3]))
+    files = list(filter(WHOLE_FILE.search, FENCE.split(text)[1:-1]))
+    between = "\n".join(texts[3:-1:3])
+    if len(files) == 1 and "<" not in marks:
+        blocks = [(source, files[0])]
+    elif files or not blocks or marks != "<=>" * len(blocks) or CHOICE.search(between):
+        raise Unusable("give one proposal, in the form asked for")
+    said = DESCRIPTION.search(texts[0])
+    why = texts[0][said.end() if said else 0:].partition("```")[0]
+    name = one_line(said[1].strip("*_` ") if said else why, 120)
+    return name or "no description", one_line(why, 500), blocks
 
 
 def edited(source: str, blocks: list[tuple[str, str]]) -> str:
-    """Return the source after the blocks, in whatever order. Raises Unusable."""
+    """Return the source after the blocks, in any order. Raises Unusable."""
     new = functools.reduce(replaced, blocks, source)
-    # Blocks that overlap, or feed each other, give another text in reverse.
     if new != functools.reduce(replaced, blocks[::-1], source):
-        raise Unusable("the order of the blocks makes a difference: make them one")
-    new_lines = set(new.split("\n")) - set(source.split("\n"))
-    if gaps := sorted(filter(stands_for_code, new_lines)):
-        raise Unusable(f"write the code that this line stands for: {gaps[0]}")
+        raise Unusable("the order of the blocks matters: make them one")
+    known = source.split("\n")
+    for line in new.split("\n"):
+        code = line.partition("#")[0].strip(" .…[]")
+        if code in ("", "pass") and LEFT_OUT.search(line) and line not in known:
+            raise Unusable(f"write the code that this line stands for: {line}")
     if code_in(new) == code_in(source):
         raise Unusable("it changes nothing, or only comments")
     return new
@@ -1017,36 +1010,20 @@ def replaced(source: str, block: tuple[str, str]) -> str:
     search, replace = (part.strip("\n") for part in block)
     lines, n = source.split("\n"), search.count("\n") + 1
     places = ["\n".join(lines[i:i + n]) for i in range(len(lines) - n + 1)]
-    indent, code = indent_and_code(search)
-    alike = [i for i, place in enumerate(places) if code and indent_and_code(place)[1] == code]
-    found = [i for i, place in enumerate(places) if place == search] or alike
-    if len(found) != 1 or not search:
-        raise Unusable(f"SEARCH fits at {len(found)} places beside the other blocks:\n{search}")
-    there = indent_and_code(places[found[0]])[0]
-    less = [line for line in replace.split("\n") if line and not line.startswith(indent)]
-    if indent != there and less:
-        raise Unusable(f"REPLACE is less indented than its SEARCH:\n{replace}")
-    replace = re.sub(rf"(?m)^{indent}(?=.)", there, replace)
-    lines[found[0]:found[0] + n] = [replace] if replace else []
+    if search not in places:    # its comments and its depth may differ
+        both = textwrap.dedent(f"{search}\n{replace}").split("\n")
+        search, replace = COMMENT.sub("", "\n".join(both[:n])), "\n".join(both[n:])
+        places = [COMMENT.sub("", textwrap.dedent(place)) for place in places]
+    if (fits := places.count(search)) != 1 or not search:
+        raise Unusable(f"SEARCH fits at {fits} places beside the other blocks:\n{block[0]}")
+    at = places.index(search)
+    margin = re.match(r"\s*", lines[at])[0].removesuffix(re.match(r"\s*", search)[0])
+    lines[at:at + n] = [textwrap.indent(replace, margin)]
     return "\n".join(lines)
 
 
-def indent_and_code(text: str) -> tuple[str, str]:
-    """Return the indentation of some code, and the code without comments and blanks."""
-    code = re.sub(r"""(?m)("[^"\n]*"|'[^'\n]*'|^ +)|#.*|[^\S\n]+""", r"\1", text)
-    return re.search(r"(?m)^ *(?=\S)|\Z", code)[0], textwrap.dedent(code)
-
-
-def stands_for_code(line: str) -> bool:
-    """Return True for lines such as "...", "pass  # as before", "# the rest is unchanged"."""
-    has_no_code = re.match(r"(pass\b)?[^\w#]*(#|$)", line.strip())
-    # In a longer sentence, one such word may describe code: "# all get the same learning rate".
-    enough = 1 if len(re.findall(r"\w+", line)) <= 5 else 2
-    return bool(has_no_code) and len(LEFT_OUT.findall(line)) >= enough
-
-
 def code_in(source: str) -> str:
-    """Return a program without comments, docstrings and its formatting. Raises Unusable."""
+    """Return a program without comments, docstrings and formatting. Raises Unusable."""
     try:
         tree = ast.parse(source)
         for node in ast.walk(tree):
@@ -1059,42 +1036,35 @@ def code_in(source: str) -> str:
 
 
 # ---- 8  Search: proposals that need no LLM ------------------------------------------------------
-NUMBER = r"2 \*\* \d\d?|[1-9]\d{,8}|0|\d{1,9}\.\d+|[1-9](?:\.\d+)?e-\d\d?"
-KNOB = re.compile(rf"(?m)^([A-Z][A-Z\d_]*)(?:: \w+)? = (?P<number>{NUMBER})"
-                  rf"(?: if CUDA else (?P<other>{NUMBER}))?[ ]*(?:#.*)?$")
+NUMBER = r"2 \*\* \d\d?|(?:0|[1-9]\d{,8})(?:\.\d+)?(?:e-\d\d?)?"
+# "DEPTH = 9 if CUDA else 1    # layers"
+KNOB = re.compile(rf"(?m)^([A-Z][A-Z\d_]*) = (?P<number>{NUMBER})"
+                  rf"(?: if CUDA else (?P<other>{NUMBER}))? *(?:#.*)?$")
 
 
 def random_moves(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[str, str]]:
-    """Yield (description, changed source) again and again: some knobs, moved."""
-    # In `DEPTH = 9 if CUDA else 1`, the knob is the side that this device uses.
-    knobs = {knob[1]: knob.span("other" if knob["other"] and not cuda else "number")
-             for knob in KNOB.finditer(source)}
-    for attempt in range(200 if knobs else 0):
-        text, moves = source, []
-        how_many = rng.choice((1, 1, 1, 2, 2, 3))       # mostly one: its effect is clear
-        chosen = rng.sample(list(knobs), min(len(knobs), how_many))
-        for name in sorted(chosen, key=knobs.get, reverse=True):    # last first: spans stay valid
-            start, end = knobs[name]
-            old = eval(source[start:end])   # "0.5" or "2 ** 17": KNOB lets nothing else through
-            # Steps widen with the attempts: what is near has been seen.
-            new = moved(old, rng.choice((-1, 1)) * rng.uniform(0.2, 0.8) * 1.03 ** attempt)
-            if old and new != old:
-                text = text[:start] + repr(new) + text[end:]
-                moves.append(f"{name} {old!r} -> {new!r}")
-        if moves:
-            yield ", ".join(moves), text
+    """Yield (description, source with one knob moved) again and again."""
+    knobs = list({knob[1]: knob for knob in KNOB.finditer(source)}.values())
+    for _ in range(200 if knobs else 0):
+        knob = rng.choice(knobs)
+        side = "other" if knob["other"] and not cuda else "number"
+        old = eval(knob[side])      # KNOB lets only numbers through
+        new = moved(old, math.exp(rng.choice((-1, 1)) * rng.uniform(0.2, 0.8)))
+        if old and new != old:
+            start, end = knob.span(side)
+            changed = source[:start] + repr(new) + source[end:]
+            yield f"{knob[1]} {old!r} -> {new!r}", changed
 
 
-def moved(value: float, change: float) -> float:
-    """Return a knob's value after a step of `change` in log space; 0 stays 0."""
-    factor = math.exp(max(-1.5, min(1.5, change)))
+def moved(value: float, factor: float) -> float:
+    """Return a knob's value times factor, as far as its kind allows."""
+    if isinstance(value, int) and value > 2 and value.bit_count() == 1:
+        return value * 2 if factor > 1 else value // 2  # a power of two remains one
     if isinstance(value, int):
-        if value > 2 and value.bit_count() == 1:    # powers of two stay powers of two
-            return value * 2 if change > 0 else value // 2
-        return math.ceil(value * factor) if change > 0 else max(1, math.floor(value * factor))
-    if 0.5 <= value < 1:        # a momentum, say: what counts is its distance to 1
-        return float(f"{max(value / 2, 1 - (1 - value) / factor):.4g}")
-    return float(f"{value * factor:.3g}")
+        return max(1, round(value * factor))
+    if value < 1:       # a share stays below 1: its odds are multiplied
+        factor /= 1 - value + value * factor
+    return float(f"{value * factor:.4g}")
 
 
 # ---- 9  Files: the ledger, experiment.json, git -------------------------------------------------

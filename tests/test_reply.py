@@ -44,7 +44,7 @@ FILE = f"{HEAD}```python\n{EDITED}```\n"
 
 
 @pytest.mark.parametrize("reply", [
-    CLEAN, FILE, CLEAN.replace("\n", "\r\n"), "\ufeff" + CLEAN, HEAD + 2 * BLOCKS,
+    CLEAN, FILE, CLEAN.replace("\n", "\r\n"), "\ufeff" + CLEAN,
     CLEAN.replace("DESCRIPTION:", "## **Description**:"), CLEAN.replace("PTION: ", "PTION:\n"),
     f"```\n{CLEAN}```\n", f"{HEAD}```diff\n{BLOCKS}```\n", HEAD + BLOCKS.replace("\n\n", "\n\n2. "),
     CLEAN.replace("SEARCH", "train.py").replace("REPLACE", "END"),
@@ -64,14 +64,16 @@ def test_an_edit_is_found_in_whatever_it_is_wrapped(reply):
 
 
 @pytest.mark.parametrize("reply, reason", [
-    ("<think>\n" + CLEAN, "0 SEARCH"), (CLEAN + FILE, "1 fence"), (CLEAN[:-16], "1 SEARCH"),
+    ("<think>\n" + CLEAN, "one proposal"), (CLEAN + FILE, "one proposal"),
+    (FILE + FILE, "one proposal"), (CLEAN[:-16], "one proposal"), (HEAD, "one proposal"),
+    (CLEAN.replace("<", "&lt;").replace(">", "&gt;"), "one proposal"),
     (CLEAN.replace("return x * 2", "..."), "stands for"),
-    (HEAD + "```\ndef train():\n    return Model()\n```", "0 fences with a whole"),
+    (HEAD + "```\ndef train():\n    return Model()\n```", "one proposal"),
     (f"{HEAD}```\n{SOURCE}```", "changes nothing"), (CLEAN.replace("LR = 0.03", "LR = ("), "parse"),
     (CLEAN.replace("LR = 0.02", "LR = 0.05"), "at 0 places(.|\n)*LR = 0.05"),
     (CLEAN + BLOCKS.replace("0.03", "0.04"), "other blocks"),
     (CLEAN.replace("return x * 2", f"pass\n{LR_LINE}"), "at 2 places"),
-    (HEAD + INSERTS + INSERTS.replace("A =", "B ="), "order"),
+    (HEAD + 2 * BLOCKS, "at 0 places"), (HEAD + INSERTS + INSERTS.replace("A =", "B ="), "order"),
     # A part of a proposal is not taken for all of it, and one of two is not chosen.
     (CLEAN.replace("E\n\n<", "E\n\nAlternatively:\n\n<"), "one proposal"),
     (CLEAN.replace("E\n\n<", "E\n\n2. Option\n\n<"), "one proposal"),
@@ -89,9 +91,9 @@ def test_what_strings_and_comments_hold_is_not_touched_and_a_block_may_delete():
     line = "WIDTH = 16              # a\x0cb\u2028c"
     assert ar.apply_reply(reply.format(line, line.replace("16", "8") + "\n"), source)[1] == \
         source.replace("16", "8")
-    assert ar.apply_reply(reply.format(line, ""), source)[1] == source.replace(line + "\n", "")
+    assert ar.apply_reply(reply.format(line, ""), source)[1] == source.replace(line, "")
     with pytest.raises(ar.Unusable, match="at 0 places"):
-        ar.apply_reply(reply.format("TEXT = 'a\tb #2'", "TEXT = ''\n"), source)
+        ar.apply_reply(reply.format("TEXT = 'a    b #1'", "TEXT = ''\n"), source)
 
 
 def edit(search: str, replace: str) -> str:
@@ -127,9 +129,8 @@ OLD = "        x = x + self.up(x)      # up\n        return x"
 
 
 @pytest.mark.parametrize("comment", [
-    "# all tables get the same learning rate", "# the residual stream is left unchanged",
-    "# the bias as before, but with the squares", "# the rest of the channels pass through",
-    "# the bias is 0, 1, 2, ...", "# see above: the other half"])
+    "# all tables get the same learning rate", "# the rest is noise", "# the bias is 0, 1, 2, ...",
+    "# see above: the other half"])
 def test_a_comment_that_describes_code_is_no_gap(comment):
     new = f"        {comment}\n        x = x + self.up(x)      # up\n        return x * 2"
     assert ar.apply_reply(edit(OLD, new), SOURCE)[1] == SOURCE.replace(OLD, new)
@@ -148,15 +149,10 @@ def test_a_line_that_stands_for_code_is_sent_back(line):
         ar.apply_reply(f"{HEAD}```python\n{file}```\n", SOURCE)
 
 
-def test_a_search_with_a_blank_line_for_a_comment_keeps_the_depth():
-    source = SOURCE.replace("        x = x", "\n        x = x")
-    reply = edit("    # add\n    x = x + self.up(x)", "    x = x + 2 * self.up(x)")
-    assert "\n        x = x + 2 * self.up(x)\n" in ar.apply_reply(reply, source)[1]
-
-
-def test_a_fence_inside_a_docstring_does_not_end_the_file():
+def test_a_fence_inside_a_docstring_cuts_the_file_which_is_sent_back():
     file = f'"""A model.\n\n```\npython train.py\n```\n"""\n{EDITED}'
-    assert ar.apply_reply(f"{HEAD}```python\n{file}```\n", SOURCE)[1] == file
+    with pytest.raises(ar.Unusable, match="does not parse"):
+        ar.apply_reply(f"{HEAD}```python\n{file}```\n", SOURCE)
 
 
 def test_without_a_description_the_first_words_name_it_and_the_idea_is_kept():
