@@ -833,7 +833,8 @@ class LLM:
             raise Stop(f"{url} has to begin with http:// or https://")
         self.url = url.removesuffix(form.path).removesuffix(form.version) + form.version
         self.model = model or (form.model if self.url == form.home else "")
-        self.key_from = next(filter(os.environ.get, reversed(form.keys)), "no key")     # the token
+        # If both variables are set, the token is meant for this URL.
+        self.key_from = next(filter(os.environ.get, reversed(form.keys)), "no key")
         self.key = os.environ.get(self.key_from, "").strip("\"' \r\n") or "no-key"
         name, prefix = form.keys.get(self.key_from, ("Authorization", "Bearer "))
         self.headers = form.headers | {name: prefix + self.key}
@@ -959,8 +960,8 @@ DESCRIPTION = re.compile(r"(?im)^[^a-z\n]*description[\s:*_`-]*(.+)")   # "**Des
 CHOICE = re.compile(r"(?im)^[^a-z\n]*(description|or|option|alternative\w*)\b")     # "## Option B"
 COMMENT = re.compile(r"(?m)(?<=\S)[ \t]+(#.*)?$")   # "    # layers"
 # "# ... the rest of the file", "pass  # as before"
-LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b(as (above|before)|existing|omitted|"
-                      r"remain\w*|rest of|same as|unchanged)\b")
+LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b(as (above|before|is|it was)|existing|no changes?|"
+                      r"omitted|remain\w*|rest of|same as|unchanged|untouched)\b")
 
 
 def apply_reply(reply: str, source: str) -> tuple[str, str]:
@@ -1043,17 +1044,21 @@ KNOB = re.compile(rf"(?m)^([A-Z][A-Z\d_]*) = (?P<number>{NUMBER})"
 
 
 def random_moves(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[str, str]]:
-    """Yield (description, source with one knob moved) again and again."""
-    knobs = list({knob[1]: knob for knob in KNOB.finditer(source)}.values())
+    """Yield (description, changed source) again and again: at times two or three knobs move."""
+    knobs = {knob[1]: knob.span("other" if knob["other"] and not cuda else "number")
+             for knob in KNOB.finditer(source)}
     for _ in range(200 if knobs else 0):
-        knob = rng.choice(knobs)
-        side = "other" if knob["other"] and not cuda else "number"
-        old = eval(knob[side])      # KNOB lets only numbers through
-        new = moved(old, math.exp(rng.choice((-1, 1)) * rng.uniform(0.2, 0.8)))
-        if old and new != old:
-            start, end = knob.span(side)
-            changed = source[:start] + repr(new) + source[end:]
-            yield f"{knob[1]} {old!r} -> {new!r}", changed
+        text, moves = source, []
+        chosen = rng.sample(list(knobs), min(len(knobs), rng.choice((1, 1, 1, 2, 2, 3))))
+        for name in sorted(chosen, key=knobs.get, reverse=True):    # last first: spans stay valid
+            start, end = knobs[name]
+            old = eval(source[start:end])       # KNOB lets only numbers through
+            new = moved(old, math.exp(rng.choice((-1, 1)) * rng.uniform(0.2, 0.8)))
+            if old and new != old:
+                text = text[:start] + repr(new) + text[end:]
+                moves.append(f"{name} {old!r} -> {new!r}")
+        if moves:
+            yield ", ".join(moves), text
 
 
 def moved(value: float, factor: float) -> float:
