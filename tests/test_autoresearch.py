@@ -165,7 +165,7 @@ def test_an_llm_proposes_and_no_prompt_has_test_bpb_or_the_key(measured, llm, wi
     first = next(row for row in rows if row["description"] == "a higher rate")
     assert first["by"] == "llm" and first["status"] == "keep" and first["runs"].count(",") == 1
     assert int(first["input_tokens"]) == 100 and int(first["output_tokens"]) == 30
-    assert re.search(r"LLM: \d+ tokens in, \d+ out", output)
+    assert re.search(r"; \d+ tokens", output)
     saved = experiment(measured, int(first["experiment"]))
     assert saved["model"] == "scripted" and saved["why"] == "It should help."
     assert (measured.folder / "runs/0001/response-0.json").exists()
@@ -570,9 +570,6 @@ def test_a_run_that_began_another_epoch_is_told_in_words():
     assert ar.what_it_did(run) == "10 steps, 20 tokens/s, this run saw the text 1.2 times"
     assert ar.what_it_did(run | {"epochs": 0.9}) == "10 steps, 20 tokens/s"
     assert ar.what_it_did({}) == "no details"
-    exp = a_judged(0, [1.5], "keep")
-    exp.runs[-1]["epochs"] = 1.23
-    assert "the incumbent's newest run saw the text 1.2 times" in ar.summary([exp], {}, 60)
 
 
 @pytest.mark.parametrize("workers, printed, gpus, warned", [
