@@ -39,7 +39,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +49,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 
 import requests
 
@@ -1178,15 +1177,15 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 # ---- 10  Show: the verdict, the summary, the picture, the live line -----------------------------
+WIDTH, HEIGHT, LINE = 630, 180, 22      # of the stairs in the picture, and of a line of text
 UNIT = "bits per byte"      # of val_bpb; another task has another
-COLOURS = {"llm": "#1f87d6", "search": "#d55e00", "human": "#009e73", "baseline": "gray"}
-WIDTH, HEIGHT = 630, 200    # of the plot in the picture; its upper left corner is (0, 0)
 TEXT = '<text x="{}" y="{}" class="{}">{}</text>'
-START = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -156 720 388"><style>
-svg {font: 17px sans-serif; color-scheme: light dark; background: Canvas; fill: CanvasText}
-text {stroke: Canvas; stroke-width: 4px; paint-order: stroke} .keep {r: 6px; opacity: 1}
-text:first-of-type {font-size: 26px} .middle {text-anchor: middle} .end {text-anchor: end}
-path {fill: none; stroke-width: 3px} circle {r: 4px; opacity: 0.4}</style>"""
+LEGEND = "val_bpb by experiment, lower is better; blue: llm, orange: search, green: human"
+STYLE = """<style> text:first-of-type {font-size: 26px} .end {text-anchor: end}
+svg {font: 17px sans-serif; color-scheme: light dark; background: Canvas; fill: currentColor}
+path {fill: none; stroke: currentColor; stroke-width: 3px} rect {opacity: 0.2}
+circle {r: 4px; opacity: 0.4} .keep {r: 6px; opacity: 1}
+.llm {color: #1f87d6} .search {color: #d55e00} .human {color: #009e73} </style>"""
 
 
 def line_of(exp: Experiment) -> str:
@@ -1200,114 +1199,84 @@ def kept(experiments: list[Experiment]) -> list[Experiment]:
 
 
 def summary(judged: list, confirmed: dict, budget: float) -> list[str]:
-    """Return the night in lines: the scores of baseline and incumbent, the gain, what it took."""
-    counts = collections.Counter(exp.status for exp in judged if exp.number)
+    """Return the night in lines: what it gained, and what it took."""
+    lines, keeps = ["nothing better than the baseline was kept"], kept(judged)
+    if len(keeps) > 1:
+        old, new = keeps[0].scores, keeps[-1].scores
+        lines = [f"{score(old):.3f} to {score(new):.3f} {UNIT}"]
+        # The runs of the night flatter what they chose. Fresh ones take their place.
+        error = standard_error(len(old), len(new), noise_of(judged)) or math.nan
+        selected = {"budget": budget, "gain": score(old) - score(new), "error": error, "n": 0}
+        claims = {f"{budget:g}": selected} | {name: claim for name, claim in confirmed.items()
+                                              if claim["incumbent"] == keeps[-1].number}
+        for claim in claims.values():
+            gain = "gain at {budget:g} s {gain:+.4f} ± {error:.4f}".format(**claim)
+            fresh = f"confirmed on {claim['n']} fresh seeds"
+            lines.append(f"{gain}, {fresh if claim['n'] else 'as selected (see --confirm)'}")
+    if keeps and "did" in keeps[-1].runs[-1]:
+        lines.append(f"the incumbent's newest run: {keeps[-1].runs[-1]['did']}")
+    counts = collections.Counter(exp.status for exp in judged[1:])
     minutes = sum(run["total_seconds"] for exp in judged for run in exp.runs) / 60
     sent = sum(exp.input_tokens for exp in judged)
     got = sum(exp.output_tokens for exp in judged)
-    epochs = [run.get("epochs", 0) for exp in kept(judged)[-1:] for run in exp.runs[-1:]]
-    again = [f"the incumbent's newest run saw the text {n:.1f} times" for n in epochs if n > 1]
-    return [*headline(judged, confirmed, budget), *again,
-            f"{counts.total()} experiments: {counts['keep']} kept, {counts['discard']} discarded, "
-            f"{counts['crash']} crashed",
-            f"{minutes:,.0f} minutes; LLM: {sent:,} tokens in, {got:,} out"]
+    return [*lines, f"{counts.total()} experiments: {counts['keep']} kept, {counts['discard']} "
+                    f"discarded, {counts['crash']} crashed",
+            f"{minutes:,.0f} minutes; tokens: {sent:,} in, {got:,} out"]
 
 
-def headline(judged: list, confirmed: dict, budget: float) -> list[str]:
-    """Return lines with the scores of baseline and incumbent, and the gain."""
-    if len(kept(judged)) < 2:
-        return ["no gain yet", "nothing better than the baseline was kept"]
-    base, *_, best = kept(judged)
-    before, after, how = base.scores, best.scores, "as selected (see --confirm)"
-    error = standard_error(len(before), len(after), noise_of(judged)) or math.nan
-    claims = {name: claim for name, claim in confirmed.items() if claim["incumbent"] == best.number}
-    if own := claims.pop(f"{budget:g}", None):      # the runs of the night flatter what they chose
-        before = [run["val_bpb"] for run in own["baseline_runs"]]
-        after = [run["val_bpb"] for run in own["incumbent_runs"]]
-        error, how = own["error"], f"confirmed on {own['n']} fresh seeds"
-    old, new = score(before), score(after)
-    lines = [f"{old:.3f} to {new:.3f} {UNIT}",
-             f"gain at {budget:g} s {old - new:+.4f} ± {error:.4f}, {how}"]
-    others = ["at {budget:g} s {gain:+.4f} ± {error:.4f}".format(**claim)
-              for claim in claims.values()]
-    return [*lines, f"gain {', '.join(others[-3:])}"] if others else lines
+def progress_svg(judged: list, confirmed: dict, budget: float, *controls: list) -> str:
+    """Return the night as a picture, and other nights with it."""
+    lines = [*summary(judged, confirmed, budget), LEGEND]
+    top = -LINE * len(lines) - 46
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 {top} 720 {HEIGHT + 30 - top}">', STYLE]
+    for i, line in enumerate(lines):
+        svg.append(TEXT.format(-58, top + 30 + LINE * i, "", html.escape(line)))
+    nights = [*controls, judged]
+    levels = [score(exp.scores) for night in nights for exp in kept(night)] or [1.0]
+    high = max(levels)
+    span = max(high - min(levels), 10 * noise_of(judged), 0.01)   # noise alone stays small
+    for y in range(0, HEIGHT + 1, HEIGHT // 4):
+        svg.append(f'<rect y="{y}" width="{WIDTH}" height="1"/>')
+        svg.append(TEXT.format(-8, y + 6, "end", f"{high - y / HEIGHT * span:.3f}"))
+    for night in nights:
+        stairs, room = "M0 0", LINE     # where the next name has room
+        for i, exp in enumerate(night):
+            x = i * WIDTH // (max(*map(len, nights), 2) - 1)
+            y = (high - score(exp.scores)) / span * HEIGHT
+            y = round(min(max(-LINE, y), HEIGHT + LINE))    # -LINE also for the nan of a crash
+            svg.append(f'<circle class="{exp.by} {exp.status}" cx="{x}" cy="{y}"/>')
+            if exp.status == "keep":
+                stairs += f"H{x}V{y}"
+            if exp.status == "keep" and y >= room:
+                room = y + LINE
+                place = (x + 8, y - 10, "") if x < WIDTH / 2 else (x - 8, y + LINE, "end")
+                name = one_line(f"#{exp.number} {exp.description}", 24)
+                svg.append(TEXT.format(*place, html.escape(name)))
+        svg.append(f'<path class="{mode(exp.by for exp in night)}" d="{stairs}H{x}"/>')
+    return "\n".join([*svg, "</svg>"])
 
 
-def progress_svg(judged: list, confirmed: dict, budget: float, control: list = ()) -> str:
-    """Return the night as a picture; `control`: experiments of another night, for comparison."""
-    names = ", ".join(f'<tspan fill="{COLOURS[by]}">{by}</tspan>' for by in COLOURS)
-    lines = [*summary(judged, confirmed, budget),
-             f"val_bpb by experiment, lower is better: {names}"]
-    svg = [START, *(TEXT.format(-58, 23 * i - 126, "", line) for i, line in enumerate(lines))]
-    levels = [score(exp.scores) for exp in kept([*judged, *control])] or [1.0]
-    span = max(max(levels) - min(levels), 10 * noise_of(judged), 0.01)  # noise alone stays small
-    high, scale = max(levels) + span / 4, HEIGHT / (1.4 * span)
-    end = max(len(judged), len(control), 1)
-    for bpb in ticks(high - HEIGHT / scale, high):
-        y = round((high - bpb) * scale)
-        svg.append(f'<rect y="{y}" width="{WIDTH}" height="1" opacity="0.2"/>')
-        svg.append(TEXT.format(-8, y + 6, "end", bpb))
-    for i in filter(float.is_integer, ticks(0, end)):
-        svg.append(TEXT.format(int(i) * WIDTH // end, HEIGHT + 22, "middle", int(i)))
-    where = {}
-    for experiments in control, judged:
-        for i, exp in enumerate(experiments):
-            colour = COLOURS.get(exp.by, "gray")
-            bpb = math.inf if exp.status == "crash" else score(exp.scores)
-            y = max(0, (high - bpb) * scale)        # a crash is at the upper edge
-            where[exp] = x, y = i * WIDTH // end, round(min(y, HEIGHT))
-            svg.append(f'<circle class="{exp.status}" cx="{x}" cy="{y}" fill="{colour}"/>')
-        if steps := [where[exp] for exp in kept(experiments)]:
-            main = max(COLOURS, key=[exp.by for exp in experiments].count)
-            stairs = "".join(f"H{x}V{y}" for x, y in steps) + f"H{len(experiments) * WIDTH // end}"
-            svg.append(f'<path d="M0 {steps[0][1]}{stairs}" stroke="{COLOURS[main]}"/>')
-    return "\n".join([*svg, *labels(kept(judged), where), "</svg>"])
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Return the round numbers from low to high, eight at most."""
-    steps = (n * 10.0**k for k in range(-4, 9) for n in (1, 2, 5))
-    step = next(step for step in steps if 7 * step >= high - low)
-    return [round(i * step, 4) for i in range(math.ceil(low / step), int(high / step) + 1)]
-
-
-def labels(keeps: list[Experiment], where: dict) -> Iterator[str]:
-    """Yield the names of the five largest gains, which have room above the stairs."""
-    gains = {new: score(old.scores) - score(new.scores) for old, new in zip(keeps, keeps[1:])}
-    largest, low = sorted(gains, key=gains.get)[-5:], HEIGHT
-    for exp in sorted(largest, key=where.get, reverse=True):        # from right to left
-        words = textwrap.wrap(one_line(f"#{exp.number} {exp.description}"), 21)[0].rstrip(":,;")
-        x = where[exp][0] + 8
-        left, side = (x, "") if x < WIDTH / 2 else (x - 11 * len(words), "end")
-        stairs = max(y for x, y in map(where.get, keeps) if x <= left)
-        low = min(stairs - 10, low - 20)
-        if low > 4:     # else it would be in the heading
-            yield TEXT.format(x, low, side, html.escape(words))
-
-
-def say(line: str, live: bool = False):
+def say(line: str):
     """Print a line in the place of the live one, and append it to runs/log.txt."""
-    if not live:
-        write_log(line)
+    write_log(line)
     try:
+        show("")    # clears the live line
         sys.stdout.reconfigure(errors="replace")    # not every terminal has Unicode
-        start = "\r\033[K" if sys.stdout.isatty() else ""
-        print(start + line, end="" if live else "\n", flush=True)
-    except (AttributeError, OSError, ValueError):   # None, broken, closed: only the log remains
+        print(line, flush=True)
+    except (AttributeError, OSError, ValueError):   # the terminal is gone, the log is not
         sys.stdout = open(os.devnull, "w")
 
 
-def write_log(line: str):
-    # If the disk is full, the night ends at the ledger, and not here.
-    with contextlib.suppress(OSError), open(LOG, "ab", 0) as log:
-        log.write(f"{time.strftime('%F %T')} {line}\n".encode(errors="replace"))
-
-
 def show(line: str):
-    """Redraw the live line, in a terminal, as far as it fits there."""
+    """Redraw the live line, in a terminal, which cuts it at its right edge."""
     if sys.stdout.isatty():
-        plain = line.encode("ascii", "replace").decode()    # other characters may be two wide
-        say(plain[:shutil.get_terminal_size().columns - 1], live=True)
+        with contextlib.suppress(OSError):  # say() will notice that it is gone
+            print(f"\r\033[K\033[?7l{line}\033[?7h", end="", flush=True)
+
+
+def write_log(line: str):
+    with contextlib.suppress(OSError), open(LOG, "ab", 0) as log:   # the disk may be full
+        log.write(f"{time.strftime('%F %T')} {line}\n".encode(errors="replace"))
 
 
 # ---- 11  Command line ---------------------------------------------------------------------------

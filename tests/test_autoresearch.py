@@ -167,7 +167,7 @@ def test_an_llm_proposes_and_no_prompt_has_test_bpb_or_the_key(measured, llm, wi
     first = next(row for row in rows if row["description"] == "a higher rate")
     assert first["by"] == "llm" and first["status"] == "keep" and first["runs"].count(",") == 1
     assert int(first["input_tokens"]) == 100 and int(first["output_tokens"]) == 30
-    assert re.search(r"LLM: \d+ tokens in, \d+ out", output)
+    assert re.search(r"tokens: [\d,]+ in", output)
     saved = experiment(measured, int(first["experiment"]))
     assert saved["model"] == "scripted" and saved["why"] == "It should help."
     assert (measured.folder / "runs/0001/response-0.json").exists()
