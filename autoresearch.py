@@ -1228,7 +1228,8 @@ def progress_svg(judged: list, confirmed: dict, budget: float, *controls: list) 
     """Return the night as a picture, and other nights with it."""
     lines = [*summary(judged, confirmed, budget), LEGEND]
     top = -LINE * len(lines) - 46
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 {top} 720 {HEIGHT + 30 - top}">', STYLE]
+    tall = HEIGHT + 30 - top
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 {top} 720 {tall}">', STYLE]
     for i, line in enumerate(lines):
         svg.append(TEXT.format(-58, top + 30 + LINE * i, "", html.escape(line)))
     nights = [*controls, judged]
