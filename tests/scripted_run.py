@@ -2,8 +2,9 @@
 
 Required are: an answer to --data, "limit", "budget" and "contract" (what a train.py has to do, in
 English) in the setup event, a "limit" in each event that begins a phase, the numbers of the report
-from val_bpb to peak_memory_mb, and exit code 0 after it. What is compared between runs besides the
-budget is up to you: data, sha256, prepare, device, torch, threads.
+from val_bpb to peak_memory_mb, and exit code 0 after it. The text "did" tells the LLM what the run
+did. What is compared between runs besides the budget is up to you: data, sha256, prepare, device,
+torch, threads.
 
 The score of a run depends on the candidate's LR and on the seed. `# sleep 3` in the candidate
 makes it take 3 s; 1 / 0 makes it crash.
@@ -55,5 +56,5 @@ score = 2 + 0.1 * (math.log10(rate) + 1) ** 2 + luck
 tell("evaluation", limit=60)
 tell("report", val_bpb=score, test_bpb=score + 5, train_seconds=1.0, startup_seconds=0.1,
      eval_seconds=0.1, total_seconds=1.2, peak_memory_mb=100.0, num_steps=10, num_tokens=1000,
-     num_params=1000)
+     num_params=1000, did="10 steps, 1,000 tokens/s")
 print("val_bpb: 0.000001")
