@@ -37,7 +37,7 @@ from pathlib import Path
 from time import monotonic, sleep, thread_time  # names that no candidate can replace
 
 BEGAN = monotonic()     # before torch is imported, which takes seconds
-# While torch's threads wait, they shall sleep. Else runs on a busy machine were 15 times slower.
+# Torch's waiting threads shall sleep: on a busy machine, spinning ones made it 15 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -54,12 +54,12 @@ VOCAB_SIZE = 8192 if CUDA else 2048    # different tokens: 256 bytes, merges of 
 BUDGET = 300 if CUDA else 60           # seconds of training in a run, on the clock of section 2
 DEFAULT_DATA = "c4" if CUDA else "python"
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
-EVAL_WINDOWS = 512 if CUDA else 256     # windows that are evaluated of val, and of test, at most
-MIN_WINDOWS = 64           # windows that val needs, and test, or a score would say little
+EVAL_WINDOWS = 512 if CUDA else 256     # windows to evaluate of val, and of test
+MIN_WINDOWS = 64           # windows that each of val and test needs at least
 # After its last batch, train() may go on for OVERTIME * budget seconds, or for ONE_STEP if longer.
-OVERTIME = 0.02            # a candidate that trains on meanwhile gains 0.002 bits per byte
+OVERTIME = 0.02            # to train on in this time gains 0.002 bits per byte
 ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0
-HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that slow calls in evaluation may lose in all
+HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that evaluation may lose by slow calls
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds from the start of a run to its first batch
 EVAL_LIMIT = 300           # wall-clock seconds of evaluation
 END = VOCAB_SIZE - 1       # the token that ends a document; it stands for no bytes
@@ -99,8 +99,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
             raise RuntimeError("batches() belongs to the thread that calls train()")
         if clock.start is None:         # so that making the first batch counts, too
             synchronize()
-            # Beside other programs, a second of a CPU thread takes up to 4 wall-clock seconds.
-            most = 4 if DEVICE == "cpu" else 1 + OVERTIME
+            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # a CPU thread has to wait at times
             clock.tell("training", limit=most * clock.budget + 10)
             clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
         batch = torch.from_numpy(np.stack([*itertools.islice(windows, batch_size)])).long()
@@ -186,8 +185,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
         moments.append(seconds_now())
     refuse_leaks(nats[1] - nats[0], cuts, turns[1] > turns[0])
     seconds = np.diff(moments)
-    # Calls that take more than 5 times as long as usual do work that belongs to training.
-    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()
+    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # beyond 5 times the usual
     if not put_off <= max(slack, HICCUP):
         raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
     parts = zip(splits, np.split(nats[0], len(splits)), np.split(y, len(splits)))
@@ -206,11 +204,10 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.
         raise Invalid(f"not a plain tensor of floating-point logits, but {got}")
     logits = torch.Tensor.detach(logits)    # without the attributes that a candidate has set
     targets = torch.from_numpy(y).flatten().to(DEVICE)
-    nats = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
-    nats = nats.view(y.shape).cpu()
+    nats = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none").cpu()
     if not nats.isfinite().all():       # a logit of -inf is fine for a token that never comes
         raise Invalid("logits that are not finite, or not so as float32")
-    return nats.numpy()
+    return nats.numpy().reshape(y.shape)
 
 
 def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -290,9 +287,9 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
     """Measure a train.py and return the exit code: 0 only after a report."""
     out = os.fdopen(os.dup(1), "w", buffering=1)    # a candidate can replace sys.stdout, not this
     encode = json.JSONEncoder().encode              # not json.dumps, whose encoder it can reach
-    # Lines that begin with the key are for the driver; no candidate knows it. Their events are
-    # setup, training, progress, evaluation, and then report or crash. An event with a limit begins
-    # a phase; the next one has to begin within so many wall-clock seconds.
+    # Events for the driver are setup, training, progress, evaluation, then report or crash. They
+    # stand in lines that begin with its key, which no candidate knows. An event with a limit begins
+    # a phase; the next phase has to begin within so many wall-clock seconds.
     def tell(event: str, **values):
         if key:
             out.write(f"\n{key} {encode({'event': event, **values})}\n")
@@ -312,7 +309,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         report = measure(path, seed, budget, folder, tell)
         tell("report", **report)
         for name, value in report.items():
-            if not name.startswith("test_"):    # an LLM may see this log, but no score on test
+            if not name.startswith("test_"):    # this log may go into a prompt
                 shown = value if isinstance(value, str) else round(value, 6)
                 print(f"{name + ':':17} {shown}", flush=True)
         return 0
@@ -371,7 +368,7 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
 
 def end_with_driver(pipe: int):
     """End this process and its children when the driver, which holds `pipe` open, ends."""
-    if os.read(pipe, 1):            # a driver begins with one byte; some launchers close the pipe
+    if os.read(pipe, 1):            # a driver writes one byte; without it, there is no driver
         open(pipe, "rb").read()     # this returns when the driver has ended
         os.kill(0, signal.SIGKILL)  # 0 means this process group
         os._exit(1)                 # kill() spares the first process of a container
@@ -391,8 +388,8 @@ REFUSED = [     # (a pattern, why it is refused). It is sought in all that uses(
     (rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | dump | [acgt]\w_frame
         | f_(back | builtins | globals | locals))\b""", "no files, no way into the interpreter"),
     (r"^module ", "a module stands only before a dot, as in torch.nn.Linear"),
-    (rf"""(?x) ^path\ (?: (?! ({"|".join(MODULES)}) \b) .* | .*\*          # other modules, import *
-    | (?! numpy\.lib\.stride_tricks | torch\.(_dynamo\.(config | disable | reset)      # but these
+    (rf"""(?x) ^path\ (?: (?! ({"|".join(MODULES)}) \b) .* | .*\*      # other modules; import *
+    | (?! numpy\.lib\.stride_tricks | torch\.(_dynamo\.(config | disable | reset)  # these are open
           | _inductor\.config | jit\.script | library\.custom_op | utils\.checkpoint)\b)
       (numpy | torch)\.(_\w+ | ao | classes | core | ctypeslib | distributed | export | f2py | fx
           | hub | jit | lib | library | monitor | multiprocessing | onnx | overrides | package
@@ -414,7 +411,7 @@ def refuse_source(code: str):
                 node.value.value = None
             case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):    # as x.name
                 node.func, node.args = ast.Attribute(x, name, lineno=node.lineno), rest
-            case ast.Call(ast.Name("hasattr"), [x, *rest]):     # as x.__doc__: it yields no value
+            case ast.Call(ast.Name("hasattr"), [x, *rest]):     # as x.__doc__: no value
                 node.func, node.args = ast.Attribute(x, "__doc__", lineno=node.lineno), rest
     for node, use in uses(list(ast.walk(tree))):
         for pattern, why in REFUSED:
@@ -433,7 +430,7 @@ def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                # An import may bring a module, so look at an attribute of what it brings.
+                # The name may be a module, which has to stand before a dot.
                 yield from resolve(node, f"{parent}{alias.name}.__name__")
                 name = alias.asname or alias.name.partition(".")[0]
                 imported[name].add(parent + (alias.name if alias.asname else name))
@@ -454,7 +451,7 @@ def resolve(node: ast.AST, path: str) -> Iterator[tuple[ast.AST, str]]:
         yield node, f"path {place}"
         try:
             value = getattr(value, name, None) or importlib.import_module(place)
-        except ImportError:         # there is no such module: the candidate may catch this itself
+        except ImportError:         # no such module: the candidate may catch this
             return
         if not isinstance(value, types.ModuleType):
             return
@@ -496,9 +493,9 @@ def prepare(data: str | None) -> Path:
     last = CACHE / f"current-v{VOCAB_SIZE}"     # this file has the name of the last folder
     if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
         return CACHE / last.read_text()
-    CACHE.mkdir(parents=True, exist_ok=True)
-    print(f"data is prepared in {CACHE}, by one process at a time", flush=True)
-    with (CACHE / "lock").open("a") as lock:
+    (CACHE / "downloads").mkdir(parents=True, exist_ok=True)
+    print(f"preparing data in {CACHE}, when no other process does", flush=True)
+    with (CACHE / "lock").open("a" if os.access(CACHE, os.W_OK) else "r") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         name, files, reader = source(data or DEFAULT_DATA)
         folder = CACHE / f"{name}-v{VOCAB_SIZE}"
@@ -508,7 +505,8 @@ def prepare(data: str | None) -> Path:
             make(unfinished, name, files, reader)
             os.sync()                           # all is on the disk before it gets its name
             unfinished.rename(folder)
-        last.write_text(folder.name)
+        if lock.writable():     # or else this is a cache of others, to be read only
+            last.write_text(folder.name)
     return folder
 
 
@@ -534,12 +532,12 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
     sizes = {split: file.tell() // 2 for split, file in bins.items()}
     for file in bins.values():
         file.close()
-    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in val, and in test; 5 bytes each, or less
+    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens, of 5 bytes at most on average
     if min(sizes["val"], sizes["test"]) < need:
         sys.exit(f"prepare.py: too little text in {name}: {len(files)} files have {size / 1e6:.2f} "
                  f"MB in new documents of {SHORTEST} characters or more, and a score needs about "
                  f"{5 * need / share / 1e6:.1f} MB")
-    bytes_per_token = round(size / (sum(sizes.values()) - count), 4)    # without END, one for each
+    bytes_per_token = round(size / (sum(sizes.values()) - count), 4)    # not counting END
     print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
     (folder / "meta.json").write_text(json.dumps({
         "name": name, "documents": count, "bytes_per_token": bytes_per_token,
@@ -563,20 +561,22 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
     elif (path := Path(data)).exists():
         name = re.sub(r"\W+", "-", path.resolve().name, flags=re.ASCII)[:40]
         visible = [f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path)}"]
-        files = [f for f in visible or [path] if f.is_file()]       # rglob() finds none in a file
+        # rglob() finds nothing in a file, and does not look into links to folders.
+        files = [f for f in visible or [path] if f.is_symlink() or not f.is_dir()]
     else:
         sys.exit(f"prepare.py: --data {data}: give python, stdlib, tinystories, c4, c4:N with N "
                  f"from 1 to 1024 shards, or a file or folder that exists")
     good = [file for file in files if is_text(file)]
     if good != files:
-        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: empty or not UTF-8")
+        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: empty, unreadable, "
+              f"links to folders, or not UTF-8 text")
     return f"{name}-{sha256(good)[:8]}", good, text_pieces
 
 
 def is_text(path: Path) -> bool:
     """Return whether a file is UTF-8 text, without zero bytes at its start, as UTF-16 has."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8") if path.is_file() else ""
         return text != "" and "\0" not in text[:PIECE]
     except (OSError, UnicodeDecodeError):
         return False
@@ -630,7 +630,6 @@ def download(address: str) -> Path:
     """Fetch a file from Hugging Face, unless it is there. Go on where an earlier try stopped."""
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
     path = CACHE / "downloads" / Path(address).name
-    path.parent.mkdir(exist_ok=True)
     part, pauses = path.with_name(f"{path.name}.part"), [1, 4, 16, 64]      # seconds
     while not path.exists():
         try:
@@ -652,12 +651,13 @@ def fetch_rest(url: str, path: Path):
         if answer.status_code == 416 and file.tell():       # nothing is left to fetch
             return
         answer.raise_for_status()
-        kind, size = (answer.headers.get(name, "") for name in ("Content-Type", "Content-Length"))
-        if "html" in kind or size == "0":       # a network's login page also comes with status 200
+        chunks = answer.iter_content(1 << 16)       # raises if less comes than was announced
+        first = next(chunks, b"")
+        if not first or re.match(rb"\s*<(!doctype|html)", first, re.IGNORECASE):    # a login page
             raise requests.ConnectionError("a web page came, or nothing")
-        if answer.status_code != 206:       # the server ignores Range and sends all of the file
+        if answer.status_code != 206:       # the server ignores Range and sends all
             file.truncate(0)
-        file.writelines(answer.iter_content(1 << 16))       # raises if less comes than announced
+        file.writelines(itertools.chain([first], chunks))
 
 
 def sha256(paths: list[Path]) -> str:

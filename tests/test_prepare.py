@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import zipfile
@@ -144,7 +145,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if fault == "page":
             first, data = 0, b"<!DOCTYPE html><title>Sign in</title>" + b" " * 400_000
         self.send_response(206 if first else 200)
-        self.send_header("Content-Type", "text/html" if fault == "page" else "text/plain")
         self.send_header("Content-Length", str(len(data) - first))
         self.end_headers()
         body = data[first:]
@@ -287,7 +287,7 @@ def test_a_folder_is_read_without_what_is_not_text_and_its_name_changes_with_its
         name, files, _ = prepare.source(str(tmp_path / "in"))
         assert files == good
         said = capsys.readouterr().out
-        assert "skipped 5 of 7 files: empty or not UTF-8" in said
+        assert "skipped 8 of 10 files" in said and "links to folders, or not UTF-8" in said
         return name
 
     write(tmp_path / "elsewhere" / "text", "text")
@@ -513,8 +513,41 @@ def test_two_preparations_of_the_same_data_do_not_disturb_each_other(hub, c4, ca
         process.join(60)
         assert process.exitcode == 0
     assert sum("training a tokenizer" in log.read_text() for log in logs) == 1
-    assert all("by one process at a time" in log.read_text() for log in logs)
+    assert all("when no other process does" in log.read_text() for log in logs)
     assert bins(cache / c4.name) == bins(c4) and len(hub.asked) == 4
+
+
+def test_a_cache_that_may_only_be_read_serves_what_it_has(stories):
+    with tempfile.TemporaryDirectory() as top:      # others may not look into tmp_path
+        log, cache, text, other = (Path(top) / name for name in ("log", "cache", "text", "other"))
+
+        def as_nobody():
+            prepare.CACHE = cache
+            if os.getuid() == 0:        # who may write anywhere
+                os.setuid(65534)
+
+        for folder, names in (cache, ["lock", "current-v512"]), (cache / "text-0", ["meta.json"]):
+            for name in names:
+                write(folder / name, "")
+        (cache / "downloads").mkdir()
+        write(text, "".join(stories))
+        write(other, "text")
+        (cache / "text-0").rename(cache / f"{prepare.source(str(text))[0]}-v512")
+        for path in Path(top), cache:
+            path.chmod(0o555)
+        write(log, "").chmod(0o666)
+        try:
+            for data in text, other:
+                start(log, "--data", data, before=as_nobody).join(30)
+                last = log.read_text().splitlines()[-1]
+                if data == text:
+                    assert last.startswith(f"{cache}/text-") and "WARNING" not in log.read_text()
+                else:       # names what it would have to write
+                    assert f"Permission denied: '{cache}/other-" in last
+                    assert "AUTORESEARCH_CACHE" in last
+        finally:
+            for path in Path(top), cache:
+                path.chmod(0o755)
 
 
 def test_a_user_without_a_home_has_a_cache():
