@@ -54,10 +54,10 @@ VOCAB_SIZE = 8192 if CUDA else 2048    # different tokens: 256 bytes, merges of 
 BUDGET = 300 if CUDA else 60           # seconds of training in a run, on the clock of section 2
 DEFAULT_DATA = "c4" if CUDA else "python"
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
-EVAL_WINDOWS = 512 if CUDA else 256     # windows to evaluate of val, and of test
+EVAL_WINDOWS = 512 if CUDA else 256     # windows of val, and of test, at most
 MIN_WINDOWS = 64           # windows that each of val and test needs at least
 # After its last batch, train() may go on for OVERTIME * budget seconds, or for ONE_STEP if longer.
-OVERTIME = 0.02            # to train on in this time gains 0.002 bits per byte
+OVERTIME = 0.02            # training on in this time gains 0.002 bits per byte
 ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0
 HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that evaluation may lose by slow calls
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds from the start of a run to its first batch
@@ -222,7 +222,7 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
     have to be the same. The rows also change places: each has other neighbours in a probe.
     """
     # Half of the rows are cut anywhere, half at the end of a chunk of 2, 4, 8, ... tokens: a model
-    # that computes in chunks leaks there. One stays whole, to show other leaks than from behind.
+    # that computes in chunks leaks there. One stays whole: it shows other rows and earlier calls.
     chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
     cuts = chunk * rng.integers(1, length // chunk)
     cuts[:, 1::2] = np.resize(1 + rng.permutation(length - 1), (probes, rows // 2))
@@ -231,8 +231,8 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
 
 
 # Rounding changes predictions, too: in bf16 by 0.01 nats, and a few by 1. But it makes as many
-# better as worse, at all places alike. A leak makes them worse, above all before a cut: where a
-# chunk of 64 tokens ends one token too late, these lose 0.06 nats on average, and all, 0.0004.
+# better as worse, everywhere alike. A leak makes them worse, above all those before a cut. Example:
+# if chunks of 64 tokens end one token late, these lose 0.06 nats, and all on average 0.0004.
 BIAS = 0.002        # nats: how far from 0 a mean may be. That is 0.001 bpb; seeds differ by more
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
 SPREAD = 0.02       # nats: the largest allowed mean of |change|; rounding to bf16 reaches half
@@ -241,7 +241,7 @@ GATHERED = 4        # of the 16 predictions that lose most, so many may stand be
 
 
 def refuse_leaks(change: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
-    """Raise Invalid if predictions lose more in probes than by rounding: nats (P, B, T)."""
+    """Raise Invalid if probes change predictions, by nats (P, B, T), more than rounding does."""
     to_cut = cuts[..., None] - np.arange(change.shape[-1])
     kept = to_cut > 0               # the predictions that come from tokens before the cut alone
     small = change.clip(-LARGEST, LARGEST)
@@ -378,7 +378,7 @@ def end_with_driver(pipe: int):
 # After train() and each call of the model, refuse_patches() looks for functions that changed.
 DUNDERS = """add|call|class|constants|doc|enter|exit|file|future|getitem|init|iter|len|main|name|
     new|next|post_init|repr|setitem|slots|str|version"""    # harmless ones
-REFUSED = [     # (a pattern, why it is refused). It is sought in all that uses() yields
+REFUSED = [     # (pattern, reason): nothing that uses() yields may match a pattern
     (r"^Name (open|exec|eval|compile|globals|locals|vars)$", "no files, no text that runs as code"),
     (r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b",
      "the driver sets the seed and the threads: leave it out"),
@@ -481,9 +481,9 @@ def refuse_patches():
 SPLITS = "train", "val", "test"
 PIECE = 20_000      # characters: longer texts are cut at line ends about so far apart
 SHORTEST = 64       # characters: shorter documents are dropped
-HELD_OUT = 1_000_000    # bytes of text for val, and as many for test; but from 1% to 8% of all
+HELD_OUT = 1_000_000    # bytes of val, and of test: but from 1% to 8% of all text
 MANY_FILES = 50     # with so many files or more, each is whole in one split
-# Left out, as not all installations have tests, and tables of codes are copies of one another:
+# These are left out: not every Python has tests, and tables of codes are near copies.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "testing",
            "encodings", "pydoc_data", "serialized_patterns"}
 
@@ -676,8 +676,8 @@ WORD = re.compile(rf"""(?x)
     | [ ]?[^\s\w]{{1,16}}                       # punctuation, perhaps after a space
     | \s{{1,64}}(?!\S)                          # white space, but not the last one before a word
     | \s                                        # that last one, where it is not in the word""")
-SAMPLE = 64_000_000     # the merges are learned from so many characters of training text,
-COMMON = 50_000         # and so many of its words, the most common; 200,000 bring nothing more
+SAMPLE = 64_000_000     # characters of training text that the merges are learned from
+COMMON = 50_000         # different words that count, the most common; 200,000 bring nothing more
 
 
 class Tokenizer:
