@@ -1,12 +1,13 @@
-"""The fixed part: data, tokenizer, batches, the clock and the metric.
+"""The fixed part: it prepares the text, runs a train.py on the clock, and computes its score.
 
-    python prepare.py                     # the last data set; at first c4 (CUDA) or python
-    python prepare.py --data python       # the sources of Python, torch and numpy; no network
+    python prepare.py                     # the text of last time; at first c4 (CUDA) or python
+    python prepare.py --data python       # the source code of Python, torch and numpy; no network
     python prepare.py --data tinystories  # children's stories, 2.2 GB
-    python prepare.py --data c4:8         # eight shards of web text, 0.8 GB each
+    python prepare.py --data c4:8         # eight files (shards) of web text, 0.8 GB each
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
+    python prepare.py --run train.py      # train this candidate once and print its score
 
-Nobody edits this file during research. A train.py runs with your rights; README.md shows a sandbox.
+Nobody edits this file during research. A candidate runs with your rights: see README.md.
 """
 
 import argparse
@@ -33,10 +34,10 @@ import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from time import monotonic, sleep, thread_time  # so patching time.monotonic changes nothing
+from time import monotonic, sleep, thread_time  # names that no candidate can replace
 
-BEGAN = monotonic()     # before the seconds that torch takes to import
-# Read by torch. Threads that spin while they wait made runs on a busy machine 15 times slower.
+BEGAN = monotonic()     # before torch is imported, which takes seconds
+# Torch's waiting threads shall sleep: on a busy machine, spinning ones made it 15 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -48,69 +49,70 @@ from torch.nn.functional import cross_entropy
 MPS = torch.backends.mps.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "-1"
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if MPS else "cpu"
 CUDA = DEVICE == "cuda"
-SEQ_LEN = 2048 if CUDA else 256        # tokens in a window: of evaluation; of training by default
-VOCAB_SIZE = 8192 if CUDA else 2048    # tokens: 256 bytes, the merges, one that ends a document
-BUDGET = 300 if CUDA else 60           # seconds of training in a run; section 2 says which
+SEQ_LEN = 2048 if CUDA else 256        # tokens in a window, which is a stretch of the text
+VOCAB_SIZE = 8192 if CUDA else 2048    # different tokens: 256 bytes, merges of them, and END
+BUDGET = 300 if CUDA else 60           # seconds of training in a run, on the clock of section 2
 DEFAULT_DATA = "c4" if CUDA else "python"
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
-EVAL_WINDOWS = 512 if CUDA else 256     # windows evaluated in val and in test, at most
-MIN_WINDOWS = 64           # below this a score would say little
-# After the last batch train() may go on for max(OVERTIME * budget, ONE_STEP) seconds.
-OVERTIME = 0.02            # a share of the budget; training on for it gains 0.002 bpb
-ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0      # seconds that a step may take
-HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that slow evaluation calls may waste in all
-SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds for start and compilation, before the first batch
-EVAL_LIMIT = 300           # wall-clock seconds for evaluation
+EVAL_WINDOWS = 512 if CUDA else 256     # windows of val, and of test, at most
+MIN_WINDOWS = 64           # windows that each of val and test needs at least
+# After its last batch, train() may go on for OVERTIME * budget seconds, or for ONE_STEP if longer.
+OVERTIME = 0.02            # training on in this time gains 0.002 bits per byte
+ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0
+HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that evaluation may lose by slow calls
+SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds from the start of a run to its first batch
+EVAL_LIMIT = 300           # wall-clock seconds of evaluation
 END = VOCAB_SIZE - 1       # the token that ends a document; it stands for no bytes
-CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or        # without a home, "~" is left as it is
-             os.path.expanduser("~/.cache/autoresearch").replace("~/", "/tmp/"))
+HOME = os.environ.get("HOME", "/tmp")
+CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or f"{HOME}/.cache/autoresearch")
 
 
 # ---- 2  The clock: it starts with the first batch and ends the loop over batches() at the budget -
-# On a CPU: the time of the thread that calls train(), which other programs cannot change.
+# On a CPU it counts the time of the thread that trains, which other programs cannot change.
 seconds_now = thread_time if DEVICE == "cpu" else monotonic
 synchronize = torch.cpu.synchronize if DEVICE == "cpu" else torch.accelerator.synchronize
 
 
 class Clock:
-    """The budget of a run, and what the run has used of it."""
+    """The budget of a run, and how much of it the run has used."""
 
     def __init__(self, tokens: np.ndarray, seed: int, budget: float, tell: Callable):
         self.tokens, self.budget, self.tell = tokens, budget, tell
         self.rng = np.random.default_rng(seed)      # decides the order of the windows
-        self.start = None                           # when the first batch was handed out
-        self.last = 0.0                             # when the last one was, after the start
+        self.start = None                           # seconds_now() at the first batch
+        self.last = 0.0                             # seconds from then to the newest batch
         self.steps = self.seen = 0                  # batches and tokens handed out
-        self.done = torch.cuda.Event() if CUDA else None    # when the GPU is done with a step
+        self.done = torch.cuda.Event() if CUDA else None    # passed when the GPU has done a step
 
 
 def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
     """Yield (x, y, progress) until the budget is spent.
 
-    x, y: int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t]. progress: the
-    share of the budget that is spent, in [0, 1). The first batch starts `_clock`, of measure().
+    x and y are int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t]. progress
+    is the share of the budget that is spent, in [0, 1). measure() makes a new `_clock` for a run.
     """
     clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.rng)
     if not 0 < seq_len < len(clock.tokens) // 2:
         raise ValueError(f"seq_len {seq_len}: there are {len(clock.tokens)} tokens to train on")
     while True:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():       # whose time counts
             raise RuntimeError("batches() belongs to the thread that calls train()")
         if clock.start is None:         # so that making the first batch counts, too
             synchronize()
-            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # a CPU's budget is thread time
+            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # a CPU thread has to wait at times
             clock.tell("training", limit=most * clock.budget + 10)
             clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
         batch = torch.from_numpy(np.stack([*itertools.islice(windows, batch_size)])).long()
         batch = (batch.pin_memory() if CUDA else batch).to(DEVICE, non_blocking=True)
-        # The CPU prepares a step while the GPU computes the one before, so it is never idle.
+        # A GPU computes the newest step while the CPU prepares the next one, so neither is idle.
+        # The CPU waits for the step before the newest: `done` was put behind it one call ago.
         if CUDA and clock.steps > 1:
-            clock.done.synchronize()    # recorded one call ago: only the newest step may still run
+            clock.done.synchronize()
             clock.done.record()
         elif clock.steps:
             synchronize()
         now = seconds_now() - clock.start
-        # A step takes about as long as the last one, which on CUDA still runs.
+        # A step takes as long as the last one. On CUDA the newest is also still to be computed.
         if now + (now - clock.last) * (2 if CUDA else 1) >= clock.budget:
             break
         if clock.steps == 0 or int(now) > int(clock.last):      # once per second
@@ -123,9 +125,9 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
 
 
 def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield windows of length + 1 tokens forever; each epoch has a new offset."""
-    # Five windows come in the order 0, 2, 4, 1, 3: wherever a run ends, it has seen all parts of
-    # the text alike. In random order, scores scatter by 0.006 bpb, not by 0.0025.
+    """Yield windows of length + 1 tokens forever. Each epoch cuts the text at other places."""
+    # Wherever a run ends, it shall have seen all parts of the text alike. So five windows come in
+    # the order 0, 2, 4, 1, 3. In random order, scores scatter by 0.006 bits per byte, not 0.0025.
     golden_ratio = (1 + 5 ** 0.5) / 2       # its multiples, modulo 1, are spread most evenly
     while True:
         offset = rng.integers(length)
@@ -136,7 +138,7 @@ def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Itera
 
 # ---- 3  The metric: bits per byte of held-out text, and the probes that make it worth believing --
 def bits_per_byte(nats: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> float:
-    """Return the bits that a model needs for a byte of text: sum of -log2 p / sum of bytes.
+    """Return the bits that a model needs per byte of text: sum of -log2 p / sum of bytes.
 
     nats: -ln p of each token (1 nat = 1.44 bits). lengths[token]: how many bytes it stands for.
     """
@@ -151,10 +153,10 @@ class Invalid(Exception):
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: float = 0) -> dict:
-    """Return {split: bits per byte}; `slack` seconds may be put off until here. Raises Invalid."""
-    if "torch._dynamo" in sys.modules:      # compiling for other shapes would take a minute
+    """Return {split: bits per byte}, or raise Invalid. `slack`: the seconds that training left."""
+    if "torch._dynamo" in sys.modules:      # to compile for other shapes would take a minute
         torch.compiler.set_stance("force_eager")
-    rng = np.random.default_rng()       # seeded by the system, so that no candidate knows it
+    rng = np.random.default_rng()       # the system chooses its seed, so no candidate knows it
     windows = min(EVAL_WINDOWS, *((len(tokens) - 1) // SEQ_LEN for tokens in splits.values()))
     windows -= windows % EVAL_ROWS
     chosen = [tokens[(len(tokens) - 1) // windows * i:][:SEQ_LEN + 1]   # from all over the text
@@ -163,15 +165,16 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     x, y = chosen[..., :-1], chosen[..., 1:]
     cuts = choose_cuts(*x.shape, rng)
     moments = [seconds_now()]           # and then one more after each call
-    # The first call has random tokens, and no score: some models convert their weights in it.
+    # Some models convert their weights in their first call. So it has random tokens and no score.
     token_nats(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0], rng)
+    # Each batch is asked twice: for its score, and as a probe, with other tokens after its cuts.
     try:
-        models = model, copy.deepcopy(model)    # the copy cannot remember what the model answered
-    except Exception:                           # some models cannot be copied; probe the model
+        models = model, copy.deepcopy(model)    # the copy does not see what the model is asked
+    except Exception:                           # some models cannot be copied
         models = model, model
     moments.append(seconds_now())
     nats, turns = np.empty((2, *x.shape)), np.empty((2, len(x)))
-    # In a random order, so that a model cannot tell a score (probe = 0) from a probe (probe = 1).
+    # The order is random, so that a model cannot tell a score (probe = 0) from a probe (1).
     for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
         tokens, rows = x[i], rng.permutation(EVAL_ROWS)
         if probe:       # see the drawing in choose_cuts()
@@ -182,7 +185,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
         moments.append(seconds_now())
     refuse_leaks(nats[1] - nats[0], cuts, turns[1] > turns[0])
     seconds = np.diff(moments)
-    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # seconds beyond 5 medians
+    put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # beyond 5 times the usual
     if not put_off <= max(slack, HICCUP):
         raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
     parts = zip(splits, np.split(nats[0], len(splits)), np.split(y, len(splits)))
@@ -191,36 +194,35 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
 
 def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.ndarray:
     """Return -ln p(y[i, t]) given x[i, :t+1]: two int64 (B, T) -> float32 (B, T)."""
-    torch.manual_seed(int(rng.integers(2 ** 63)))   # else the random state could count the calls
-    # This is the only call of the candidate's model. It may write into its copy of x.
+    torch.manual_seed(int(rng.integers(2 ** 63)))   # or a model could count calls by torch's state
+    # Only this line calls the candidate's model. The model may write into its copy of x.
     logits = model(torch.from_numpy(x).to(DEVICE, copy=True))
     refuse_patches()
     plain = type(logits) is torch.Tensor and torch.is_floating_point(logits)
     if not plain or logits.shape != (*x.shape, VOCAB_SIZE):
         got = f"{type(logits).__name__} {getattr(logits, 'shape', '')}"
         raise Invalid(f"not a plain tensor of floating-point logits, but {got}")
-    logits = torch.Tensor.detach(logits)    # without attributes that a candidate may have set
+    logits = torch.Tensor.detach(logits)    # without the attributes that a candidate has set
     targets = torch.from_numpy(y).flatten().to(DEVICE)
-    nats = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
-    nats = nats.view(y.shape).cpu()
+    nats = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none").cpu()
     if not nats.isfinite().all():       # a logit of -inf is fine for a token that never comes
         raise Invalid("logits that are not finite, or not so as float32")
-    return nats.numpy()
+    return nats.numpy().reshape(y.shape)
 
 
 def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
     """Return where each row of each probe is cut: (probes, rows), in 1 ... length.
 
-    A probe asks about a row again, and from a cut on lets it go on as a row of another batch does:
+    A probe begins as a batch does, but after the cut a row goes on as a row of another batch:
 
         row      the  cat  sat  on      the  mat
         probe    the  cat  sat  rained  all  day     cut = 3
 
-    The first 3 predictions, of "cat", "sat" and "on", had the same tokens to go by, and may not
-    change. The rows of each call also change places, so that each has other neighbours.
+    The first 3 predictions, of "cat", "sat" and "on", come from the same tokens in both, so they
+    have to be the same. The rows also change places: each has other neighbours in a probe.
     """
-    # Almost half of the rows are cut where chunks of 2, 4, 8, ... tokens end: sums over chunks
-    # leak there. Others are cut all over. One row is whole: it shows other rows and calls.
+    # Half of the rows are cut anywhere, half at the end of a chunk of 2, 4, 8, ... tokens: a model
+    # that computes in chunks leaks there. One stays whole: it shows other rows and earlier calls.
     chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
     cuts = chunk * rng.integers(1, length // chunk)
     cuts[:, 1::2] = np.resize(1 + rng.permutation(length - 1), (probes, rows // 2))
@@ -228,32 +230,32 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
     return rng.permuted(cuts, axis=1)
 
 
-# Rounding changes predictions too: in bf16 by 0.01, and by 1 in a few tokens. It favours no sign
-# and no place; a leak favours both. Example: where a chunk of 64 tokens ends one token too late,
-# the prediction before a cut loses 0.06 nats; the mean over all, 0.0004.
-BIAS = 0.002        # nats: how far from 0 a mean may be; 0.001 bpb, far below the noise of seeds
+# Rounding changes predictions, too: in bf16 by 0.01 nats, and a few by 1. But it makes as many
+# better as worse, everywhere alike. A leak makes them worse, above all those before a cut. Example:
+# if chunks of 64 tokens end one token late, these lose 0.06 nats, and all on average 0.0004.
+BIAS = 0.002        # nats: how far from 0 a mean may be. That is 0.001 bpb; seeds differ by more
 SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
-SPREAD = 0.02       # nats: limit of mean |loss|, and of its median at cuts; bf16 reaches half
-LARGEST = 1.0       # nats, what one token counts at most in a mean: a few near-ties are no leak
-GATHERED = 4        # at most so many of the 16 largest losses may be at cuts
+SPREAD = 0.02       # nats: the largest allowed mean of |change|; rounding to bf16 reaches half
+LARGEST = 1.0       # nats that a prediction counts at most in a mean: a few that flip are no leak
+GATHERED = 4        # of the 16 predictions that lose most, so many may stand before a cut
 
 
-def refuse_leaks(loss: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
-    """Raise Invalid if a probe costs predictions more nats (P, B, T) than rounding does."""
-    to_cut = cuts[..., None] - np.arange(loss.shape[-1])
-    stays = to_cut > 0              # a prediction from tokens before the cut alone
-    small = loss.clip(-LARGEST, LARGEST)
-    before, at_cut = small[stays], small[to_cut == 1]
-    # The mean of this is above 0 for a model that learns from call to call.
-    learned = (small * np.where(probed_later, 1, -1)[:, None, None])[stays]
+def refuse_leaks(change: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
+    """Raise Invalid if probes change predictions, by nats (P, B, T), more than rounding does."""
+    to_cut = cuts[..., None] - np.arange(change.shape[-1])
+    kept = to_cut > 0               # the predictions that come from tokens before the cut alone
+    small = change.clip(-LARGEST, LARGEST)
+    before, at_cut = small[kept], small[to_cut == 1]
+    # A model that learns from its calls does better in the later one of the two.
+    learned = (small * np.where(probed_later, 1, -1)[:, None, None])[kept]
     sigma = np.sqrt(np.square(before).mean())
     unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
                    for some in (before, at_cut, learned))
     spread = max(np.abs(before).mean(), np.median(np.abs(at_cut)))
-    # Noise hides a rare leak in a mean, but not where the largest losses gather: at cuts.
-    largest = np.argsort(-loss[stays])[:16]
-    gathered = ((to_cut[stays] == 1) & (loss[stays] > SPREAD))[largest].sum()
-    if not (unbiased and spread <= SPREAD and gathered <= GATHERED):        # a NaN is refused
+    # A rare leak hardly changes a mean, but then the predictions that lose most are before cuts.
+    largest = np.argsort(-change[kept])[:16]
+    gathered = ((to_cut[kept] == 1) & (change[kept] > SPREAD))[largest].sum()
+    if not (unbiased and spread <= SPREAD and gathered <= GATHERED):        # a NaN is refused, too
         raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions, by "
                       f"{at_cut.mean():+.4f} nats just before them, {before.mean():+.4f} in all, "
                       f"{spread:.4f} in size, {learned.mean():+.4f} from call to call")
@@ -285,8 +287,9 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
     """Measure a train.py and return the exit code: 0 only after a report."""
     out = os.fdopen(os.dup(1), "w", buffering=1)    # a candidate can replace sys.stdout, not this
     encode = json.JSONEncoder().encode              # not json.dumps, whose encoder it can reach
-    # The events are setup, training, progress, evaluation, then report or crash. One with a limit
-    # begins a phase; the next phase has to begin within so many wall-clock seconds.
+    # Events for the driver are setup, training, progress, evaluation, then report or crash. They
+    # stand in lines that begin with its key, which no candidate knows. An event with a limit begins
+    # a phase; the next phase has to begin within so many wall-clock seconds.
     def tell(event: str, **values):
         if key:
             out.write(f"\n{key} {encode({'event': event, **values})}\n")
@@ -294,7 +297,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         threading.Thread(target=end_with_driver, args=[os.dup(0)], daemon=True).start()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() sees an empty file
     meta = json.loads((folder / "meta.json").read_text())
-    # The driver compares no runs where these differ, and an LLM reads them.
+    # The driver never compares runs whose conditions differ, and it shows them to the LLM.
     conditions = meta | {
         "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
         "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
@@ -306,12 +309,13 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         report = measure(path, seed, budget, folder, tell)
         tell("report", **report)
         for name, value in report.items():
-            if not name.startswith("test_"):    # no prompt may quote them from a log
-                print(f"{name + ':':17} {round(value, 6)}", flush=True)
+            if not name.startswith("test_"):    # this log may go into a prompt
+                shown = value if isinstance(value, str) else round(value, 6)
+                print(f"{name + ':':17} {shown}", flush=True)
         return 0
     except Invalid as error:
         reason = str(error)
-    except BaseException as error:      # also a candidate's sys.exit(), which is no way out
+    except BaseException as error:      # even the SystemExit of a candidate's sys.exit()
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"[:2000]
     tell("crash", reason=reason)
@@ -321,7 +325,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
 
 def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> dict:
     """Train the train.py at `path` once, and return the report. Raises what train() raises."""
-    global _clock       # batches() hands out what is left of its budget
+    global _clock       # the one that batches() goes by
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
     lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths
     clock = _clock = Clock(data.pop("train"), seed, budget, tell)
@@ -337,7 +341,7 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     model = candidate.train()
     if not isinstance(model, torch.nn.Module):
         raise Invalid(f"train() returned {type(model).__name__}, not a torch.nn.Module")
-    model.eval()        # it may run code of the model, so the clock is read after it
+    model.eval()        # a model can put work into this, so the clock is read after it
     synchronize()
     if clock.start is None:
         raise Invalid("train() returned without drawing a batch from prepare.batches()")
@@ -346,43 +350,46 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     if slack < 0:
         raise Invalid(f"overtime: train() took {train_seconds:.1f} s of a budget of {budget:g} s")
     refuse_patches()
-    clock.budget = 0.0      # no loop over batches() goes on from here
+    clock.budget = 0.0      # from here on, batches() yields nothing
     tell("evaluation", limit=EVAL_LIMIT)
     unit = 1 if sys.platform == "darwin" else 1024      # bytes
     memory = (torch.cuda.max_memory_allocated() if CUDA else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     num_params = sum(p.numel() for p in torch.nn.Module.parameters(model))
     bpb = evaluate(model, data, lengths, slack)
+    epochs = clock.seen / len(clock.tokens)
+    again = f", this run saw the text {epochs:.1f} times" if epochs > 1 else ""
     return {"val_bpb": bpb["val"], "test_bpb": bpb["test"], "train_seconds": train_seconds,
             "startup_seconds": clock.startup, "total_seconds": monotonic() - BEGAN,
             "peak_memory_mb": memory / 1e6, "num_steps": clock.steps, "num_tokens": clock.seen,
-            "epochs": round(clock.seen / len(clock.tokens), 3), "num_params": num_params}
+            "epochs": round(epochs, 3), "num_params": num_params,
+            "did": f"{clock.steps} steps, {clock.seen / train_seconds:,.0f} tokens/s{again}"}
 
 
 def end_with_driver(pipe: int):
     """End this process and its children when the driver, which holds `pipe` open, ends."""
-    if os.read(pipe, 1):            # the driver's first byte; without one, nobody holds the pipe
-        open(pipe, "rb").read()     # returns at the end
-        os.kill(0, signal.SIGKILL)  # 0: all of the own process group
-        os._exit(1)                 # the first process of a container survives that
+    if os.read(pipe, 1):            # a driver writes one byte; without it, there is no driver
+        open(pipe, "rb").read()     # this returns when the driver has ended
+        os.kill(0, signal.SIGKILL)  # 0 means this process group
+        os._exit(1)                 # kill() spares the first process of a container
 
 
 # The guard stops sloppy and score-gaming candidates, not malware. refuse_source() reads them first.
 # After train() and each call of the model, refuse_patches() looks for functions that changed.
 DUNDERS = """add|call|class|constants|doc|enter|exit|file|future|getitem|init|iter|len|main|name|
     new|next|post_init|repr|setitem|slots|str|version"""    # harmless ones
-REFUSED = [     # a pattern for what uses() yields, and why it is refused
+REFUSED = [     # (pattern, reason): nothing that uses() yields may match a pattern
     (r"^Name (open|exec|eval|compile|globals|locals|vars)$", "no files, no text that runs as code"),
     (r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b",
      "the driver sets the seed and the threads: leave it out"),
     (r"\b(get|has|set|del)attr$",
      'no attributes by computed names: write x.name, getattr(x, "name", 0) or x.name = value'),
-    (r"^Attribute format(_map)?$", "no computed formats: use f-strings"),
+    (r"^Attribute format(_map)?$", "no format(), which reads attributes: use f-strings"),
     (rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | dump | [acgt]\w_frame
         | f_(back | builtins | globals | locals))\b""", "no files, no way into the interpreter"),
     (r"^module ", "a module stands only before a dot, as in torch.nn.Linear"),
-    (rf"""(?x) ^path\ (?: (?! ({"|".join(MODULES)}) \b) .* | .*\*
-    | (?! numpy\.lib\.stride_tricks | torch\.(_dynamo\.(config | disable | reset)
+    (rf"""(?x) ^path\ (?: (?! ({"|".join(MODULES)}) \b) .* | .*\*      # other modules; import *
+    | (?! numpy\.lib\.stride_tricks | torch\.(_dynamo\.(config | disable | reset)  # these are open
           | _inductor\.config | jit\.script | library\.custom_op | utils\.checkpoint)\b)
       (numpy | torch)\.(_\w+ | ao | classes | core | ctypeslib | distributed | export | f2py | fx
           | hub | jit | lib | library | monitor | multiprocessing | onnx | overrides | package
@@ -398,15 +405,13 @@ REFUSED = [     # a pattern for what uses() yields, and why it is refused
 def refuse_source(code: str):
     """Raise Invalid if a candidate's words, or what its names lead to, are closed to it."""
     tree = ast.parse(code)
-    for node in ast.walk(tree):     # rewrite harmless forms, so that no rule below matches them
+    for node in ast.walk(tree):     # rewrite harmless forms, so that no pattern finds them
         match node:
             case ast.Expr(ast.Constant(str())):             # a docstring
                 node.value.value = None
-            case ast.Attribute(ast.Constant(), "format"):   # "{:.2f}".format(loss)
-                node.attr = ""
-            case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):
+            case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):    # as x.name
                 node.func, node.args = ast.Attribute(x, name, lineno=node.lineno), rest
-            case ast.Call(ast.Name("hasattr"), [x, *rest]):
+            case ast.Call(ast.Name("hasattr"), [x, *rest]):     # as x.__doc__: no value
                 node.func, node.args = ast.Attribute(x, "__doc__", lineno=node.lineno), rest
     for node, use in uses(list(ast.walk(tree))):
         for pattern, why in REFUSED:
@@ -416,8 +421,8 @@ def refuse_source(code: str):
 
 
 def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
-    """Yield (node, use): "Name open" and the like of each word, "path torch.load" of each path."""
-    bound = collections.defaultdict(set)        # {"F": {"torch.nn.functional"}, ...}
+    """Yield (node, use): "Name open" for a word, "path torch.load" for a member of a module."""
+    imported = collections.defaultdict(set)     # {"F": {"torch.nn.functional"}, ...}
     for node in nodes:
         for field in vars(node).values():
             words = field if isinstance(field, list) else [field]
@@ -425,38 +430,39 @@ def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                yield from resolve(node, f"{parent}{alias.name}.__name__")  # no bare module
+                # The name may be a module, which has to stand before a dot.
+                yield from resolve(node, f"{parent}{alias.name}.__name__")
                 name = alias.asname or alias.name.partition(".")[0]
-                bound[name].add(parent + (alias.name if alias.asname else name))
-    inner = {node.value for node in nodes if isinstance(node, ast.Attribute)}
+                imported[name].add(parent + (alias.name if alias.asname else name))
+    parts = {node.value for node in nodes if isinstance(node, ast.Attribute)}
     for node in nodes:
-        match node:
-            case ast.Attribute() | ast.Name(ctx=ast.Load()) if node not in inner:
+        match node:     # a whole path, as torch.nn.Linear, and not the torch.nn in it
+            case ast.Attribute() | ast.Name(ctx=ast.Load()) if node not in parts:
                 name, dot, rest = ast.unparse(node).partition(".")
-                for path in bound[name]:
+                for path in imported[name]:
                     yield from resolve(node, path + dot + rest)
 
 
 def resolve(node: ast.AST, path: str) -> Iterator[tuple[ast.AST, str]]:
-    """Yield each prefix of a path, with modules by their real names: torch.os is os."""
+    """Yield each beginning of a path, with modules by their real names: torch.os is os."""
     value = None
     for name in path.split("."):
         place = f"{value.__name__}.{name}" if value else name
         yield node, f"path {place}"
         try:
             value = getattr(value, name, None) or importlib.import_module(place)
-        except ImportError:         # no such module: the candidate may catch this itself
+        except ImportError:         # no such module: the candidate may catch this
             return
         if not isinstance(value, types.ModuleType):
             return
-    yield node, f"module {place}"
+    yield node, f"module {place}"       # the path ends at a module
 
 
 def functions() -> set[tuple]:
-    """Return (owner, name, function) of all functions of the judge's modules."""
+    """Return (owner, name, function) of all functions that this file's verdict rests on."""
     owners = (*torch.Tensor.__mro__, torch.nn.Module, torch, torch.nn.functional, torch._C._nn,
               np, np.random, copy, math, json, json.encoder, json.JSONEncoder)
-    changing = "manual_seed", "__init__", "__setstate__"    # torch itself replaces these
+    changing = "manual_seed", "__init__", "__setstate__"    # torch replaces these by itself
     return {(owner, name, value) for owner in owners for name, value in vars(owner).items()
             if callable(value) and name not in changing}
 
@@ -465,55 +471,49 @@ BEFORE = functions()
 
 
 def refuse_patches():
-    """Raise Invalid if the candidate has replaced a function that the judge uses, or hidden it."""
+    """Raise Invalid if the candidate has replaced one of these functions, added or deleted one."""
     if patches := BEFORE ^ functions():
         owner, name, _ = patches.pop()
-        place = repr(owner).split("'")[1]       # of <class 'torch.Tensor'>
-        raise Invalid(f"a patch of {place}.{name}: leave it as it is")
+        raise Invalid(f"a patch of {owner.__name__}.{name}: leave it as it is")
 
 
 # ---- 5  Data: documents from a source, as one flat file of tokens per split ----------------------
 SPLITS = "train", "val", "test"
 PIECE = 20_000      # characters: longer texts are cut at line ends about so far apart
 SHORTEST = 64       # characters: shorter documents are dropped
-HELD_OUT = 1_000_000    # bytes of text for val, and for test; but from 1% to 8% of all text
-MANY_FILES = 50     # from so many on, files are whole in one split
-# Folders of libraries: not each installation has tests; lists of codes are near copies.
+HELD_OUT = 1_000_000    # bytes of val, and of test: but from 1% to 8% of all text
+MANY_FILES = 50     # with so many files or more, each is whole in one split
+# These are left out: not every Python has tests, and tables of codes are near copies.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "testing",
            "encodings", "pydoc_data", "serialized_patterns"}
 
 
 def prepare(data: str | None) -> Path:
     """Make `data` ready and return its folder. Without `data`: the last one, or the default."""
-    last = CACHE / f"current-v{VOCAB_SIZE}"
+    last = CACHE / f"current-v{VOCAB_SIZE}"     # this file has the name of the last folder
     if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
         return CACHE / last.read_text()
-    CACHE.mkdir(parents=True, exist_ok=True)
+    (CACHE / "downloads").mkdir(parents=True, exist_ok=True)
+    print(f"preparing data in {CACHE}, when no other process does", flush=True)
     with (CACHE / "lock").open("a" if os.access(CACHE, os.W_OK) else "r") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which prepares data in {CACHE}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:        # as on some network file systems
-            print(f"WARNING: no lock on {CACHE} ({error}): start one at a time", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         name, files, reader = source(data or DEFAULT_DATA)
         folder = CACHE / f"{name}-v{VOCAB_SIZE}"
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.part")
-            unfinished.mkdir(exist_ok=True)     # one that was stopped may have left it
+            unfinished.mkdir(exist_ok=True)     # it exists if an earlier try was stopped
             make(unfinished, name, files, reader)
-            os.sync()                           # first on the disk, then under its name
-            unfinished.rename(folder)           # all of it is there, or none
-        if lock.writable():     # else it is a cache of others
+            os.sync()                           # all is on the disk before it gets its name
+            unfinished.rename(folder)
+        if lock.writable():     # or else this is a cache of others, to be read only
             last.write_text(folder.name)
     return folder
 
 
 def make(folder: Path, name: str, files: list[Path], reader: Callable):
     """Fill `folder`: tokenizer.json, {train,val,test}.bin and meta.json."""
-    packed = 2.5 if reader is json_texts else 1     # gzip makes C4 so many times smaller
-    total = packed * sum(file.stat().st_size for file in files)
+    total = sum(file.stat().st_size for file in files)
+    total *= 2.5 if reader is json_texts else 1     # gzip has made C4 so many times smaller
     share = min(0.08, max(0.01, HELD_OUT / max(total, 1)))
     print(f"{name}: training a tokenizer of {VOCAB_SIZE} tokens", flush=True)
     texts = (text for split, text in documents(files, reader, share) if split == "train")
@@ -526,18 +526,18 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
         tokens = np.append(tokenizer.encode(text), np.uint16(END))
         bins[split].write(tokens)
         count, size = count + 1, size + int(tokenizer.lengths[tokens].sum())
-        if size > shown + 0.05 * total:
+        if size > shown + 0.05 * total:     # size in bytes
             print(f"encoding: {size / 1e6:.0f} of about {total / 1e6:.0f} MB", flush=True)
             shown = size
     sizes = {split: file.tell() // 2 for split, file in bins.items()}
     for file in bins.values():
         file.close()
-    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens in each of val and test; some 5 bytes each
+    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens, of 5 bytes at most on average
     if min(sizes["val"], sizes["test"]) < need:
         sys.exit(f"prepare.py: too little text in {name}: {len(files)} files have {size / 1e6:.2f} "
                  f"MB in new documents of {SHORTEST} characters or more, and a score needs about "
                  f"{5 * need / share / 1e6:.1f} MB")
-    bytes_per_token = round(size / (sum(sizes.values()) - count), 4)      # END has no bytes
+    bytes_per_token = round(size / (sum(sizes.values()) - count), 4)    # not counting END
     print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
     (folder / "meta.json").write_text(json.dumps({
         "name": name, "documents": count, "bytes_per_token": bytes_per_token,
@@ -545,7 +545,7 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
 
 
 def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]:
-    """Return (name, files, what yields the documents of one), and download what is missing."""
+    """Download what is missing. Return a name, files, and the function that reads a file."""
     if data == "tinystories":
         stories = "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
         return data, [download(stories)], text_pieces
@@ -558,35 +558,35 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
         folders = [Path(module.__file__).parent for module in modules]
         files = [file for folder in folders for file in sorted(folder.rglob("*.py"))
                  if not SKIPPED & {*file.relative_to(folder).parts}]
-    elif (path := Path(os.path.expanduser(data))).exists():
+    elif (path := Path(data)).exists():
         name = re.sub(r"\W+", "-", path.resolve().name, flags=re.ASCII)[:40]
-        found = [f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path)}"]
-        # rglob() of a file finds nothing, and does not look into links to folders.
-        files = [f for f in found or [path] if f.is_symlink() or not f.is_dir()]
+        visible = [f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path)}"]
+        # rglob() finds nothing in a file, and does not look into links to folders.
+        files = [f for f in visible or [path] if f.is_symlink() or not f.is_dir()]
     else:
         sys.exit(f"prepare.py: --data {data}: give python, stdlib, tinystories, c4, c4:N with N "
                  f"from 1 to 1024 shards, or a file or folder that exists")
     good = [file for file in files if is_text(file)]
-    if len(good) < len(files):
-        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: empty, closed to "
-              f"you, links to folders, compressed or not in UTF-8", flush=True)
+    if good != files:
+        print(f"{name}: skipped {len(files) - len(good)} of {len(files)} files: empty, unreadable, "
+              f"links to folders, or not UTF-8 text")
     return f"{name}-{sha256(good)[:8]}", good, text_pieces
 
 
 def is_text(path: Path) -> bool:
-    """Return whether all of a file is UTF-8, without a zero byte at its start, as UTF-16 has."""
+    """Return whether a file is UTF-8 text, without zero bytes at its start, as UTF-16 has."""
     try:
-        full = path.is_file() and path.stat().st_size > 0
-        return full and "\0" not in list(text_pieces(path, "strict"))[0]    # reads all of it
+        text = path.read_text("utf-8") if path.is_file() else ""
+        return text != "" and "\0" not in text[:PIECE]
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def text_pieces(path: Path, errors: str = "replace") -> Iterator[str]:
-    """Yield the documents of a text file: what <|endoftext|> separates; long ones are cut."""
+def text_pieces(path: Path) -> Iterator[str]:
+    """Yield the documents of a text file, which <|endoftext|> separates. Long ones are cut."""
     rest = ""
-    with path.open(encoding="utf-8", errors=errors, newline="") as file:
-        # After PIECE characters it reads on to the end of the line, if that is not too far.
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        # It reads PIECE characters, then to the end of the line, but not more than as many again.
         while chunk := file.read(PIECE) + file.readline(PIECE):
             *whole, rest = (rest + chunk).split("<|endoftext|>")
             yield from whole
@@ -597,7 +597,7 @@ def text_pieces(path: Path, errors: str = "replace") -> Iterator[str]:
 
 
 def json_texts(path: Path) -> Iterator[str]:
-    """Yield the documents of a gzip file of JSON lines, as C4 comes: {"text": ..., ...}"""
+    """Yield the documents of a gzip file of JSON lines, as C4 has: {"text": ..., ...}"""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             yield from (json.loads(line)["text"] for line in lines)
@@ -607,30 +607,29 @@ def json_texts(path: Path) -> Iterator[str]:
 
 def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tuple[str, str]]:
     """Yield (split, text) of each document, always in one order. val and test get `share` each."""
-    seen, size = set(), dict.fromkeys(SPLITS, 0)
     shares = {"train": 1 - 2 * share, "val": share, "test": share}
-    # Parts of a file are alike, and so are neighbours: many files are shuffled, each whole in one
-    # split, unless it is larger than val.
+    seen, size = set(), dict.fromkeys(SPLITS, 0)
+    # One half of a file helps to predict the other, so a file is whole in one split: unless there
+    # are few files, or it is larger than val. Files in a folder are alike, so they are shuffled.
     many = reader is text_pieces and len(files) >= MANY_FILES
     total = sum(file.stat().st_size for file in files)
     for file in random.Random(0).sample(files, len(files)) if many else files:
-        whole, split = many and file.stat().st_size <= share * total, ""
+        whole, split = many and file.stat().st_size <= share * total, None
         for text in reader(file):
             if len(text.strip()) < SHORTEST or hash(text) in seen:
                 continue
             seen.add(hash(text))    # all that stays in memory: 100 bytes per document
-            # The split that is furthest behind: val and test come from all over the text.
-            if not (split and whole):
+            if not (whole and split):
+                # The split that lacks most gets it, so val and test come from all over the text.
                 split = min(SPLITS, key=lambda s: size[s] / shares[s])
             size[split] += len(text)
             yield split, text
 
 
 def download(address: str) -> Path:
-    """Fetch a file of the hub, unless it is there; go on where an earlier try stopped."""
+    """Fetch a file from Hugging Face, unless it is there. Go on where an earlier try stopped."""
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
     path = CACHE / "downloads" / Path(address).name
-    path.parent.mkdir(exist_ok=True)
     part, pauses = path.with_name(f"{path.name}.part"), [1, 4, 16, 64]      # seconds
     while not path.exists():
         try:
@@ -654,10 +653,9 @@ def fetch_rest(url: str, path: Path):
         answer.raise_for_status()
         chunks = answer.iter_content(1 << 16)       # raises if less comes than was announced
         first = next(chunks, b"")
-        # A network's login page comes with status 200, like the file.
-        if not first or re.match(rb"\s*<(!doctype|html)", first, re.IGNORECASE):
+        if not first or re.match(rb"\s*<(!doctype|html)", first, re.IGNORECASE):    # a login page
             raise requests.ConnectionError("a web page came, or nothing")
-        if answer.status_code != 206:       # it ignores Range and brings all
+        if answer.status_code != 206:       # the server ignores Range and sends all
             file.truncate(0)
         file.writelines(itertools.chain([first], chunks))
 
@@ -669,34 +667,33 @@ def sha256(paths: list[Path]) -> str:
 
 
 # ---- 6  Tokenizer: byte-pair encoding (Sennrich et al. 2016, arxiv.org/abs/1508.07909) over words
-# Every character falls into exactly one word, as in GPT-2. A letter keeps its marks: \w lacks them,
-# and the vowels of Hindi and Thai are marks. Words are bounded, so that encoding stays linear.
+# A text is cut into words, as in GPT-2, and tokens never go across them. A letter keeps its marks,
+# which \w does not match: vowels of Hindi and Thai, say. A limit of length keeps encoding fast.
 MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
 WORD = re.compile(rf"""(?x)
       [ ]?(?:[^\W\d][{MARKS}]{{0,4}}){{1,32}}   # letters with their marks, perhaps after a space
     | \d{{1,3}}                                 # digits
     | [ ]?[^\s\w]{{1,16}}                       # punctuation, perhaps after a space
-    | \s{{1,64}}(?!\S)                          # white space, without the last before a word
-    | \s                                        # this last one, if the word did not take it""")
+    | \s{{1,64}}(?!\S)                          # white space, but not the last one before a word
+    | \s                                        # that last one, where it is not in the word""")
 SAMPLE = 64_000_000     # characters of training text that the merges are learned from
-COMMON = 50_000         # words among them that count; 200,000 give tokens of the same length
+COMMON = 50_000         # different words that count, the most common; 200,000 bring nothing more
 
 
 class Tokenizer:
-    """Text to tokens and back: 0..255 are bytes, 256 + i is `merges[i]`, the last is END.
+    """Text to tokens: 0 ... 255 are bytes, 256 + i is the pair `merges[i]`, the last is END.
 
     >>> Tokenizer([(104, 105)]).encode("hi, hi").tolist()
     [256, 44, 32, 256]
     """
 
     def __init__(self, merges: list[tuple[int, int]]):
-        self.rank = {}          # pair -> its token
-        self.bytes = [bytes([i]) for i in range(256)]   # of each token, perhaps half a character
+        self.rank = {}              # pair -> its token
+        lengths = [1] * 256         # of each token, in bytes
         for left, right in merges:
-            self.rank[chr(left) + chr(right)] = len(self.bytes)
-            self.bytes.append(self.bytes[left] + self.bytes[right])
-        self.bytes += [b""] * (VOCAB_SIZE - len(self.bytes))        # END, and what is not in use
-        self.lengths = np.array([len(data) for data in self.bytes])
+            self.rank[chr(left) + chr(right)] = len(lengths)
+            lengths.append(lengths[left] + lengths[right])
+        self.lengths = np.array(lengths + [0] * (VOCAB_SIZE - len(lengths)))    # the last is END
         self.encode_word = functools.lru_cache(1_000_000)(self.encode_word)     # 300 MB in memory
 
     def encode(self, text: str) -> np.ndarray:
@@ -705,21 +702,17 @@ class Tokenizer:
         return np.frombuffer(tokens.encode("utf-16-le"), "<u2")
 
     def encode_word(self, word: str) -> str:
-        """Return the tokens of a word: of the pairs in it, the earliest learned is merged first."""
-        # Each token is the character with its number, so that str.replace() can merge.
+        """Return the tokens of a word: again and again, merge the pair that was learned first."""
+        # Each token is the character with its number, so that str.replace() can merge pairs.
         word = word.encode("utf-8", "surrogatepass").decode("latin-1")
         while mergeable := [a + b for a, b in itertools.pairwise(word) if a + b in self.rank]:
             pair = min(mergeable, key=self.rank.get)
             word = word.replace(pair, chr(self.rank[pair]))
         return word
 
-    def decode(self, tokens: list[int]) -> str:
-        """Return the text of `tokens`; what is not UTF-8 in it becomes replacement characters."""
-        return b"".join(self.bytes[token] for token in tokens).decode("utf-8", "replace")
-
 
 def learn_merges(texts: Iterable[str], count: int) -> list[tuple[int, int]]:
-    """Return at most `count` merges: again and again the most frequent pair of neighbours."""
+    """Return at most `count` merges: again and again, the most frequent pair of neighbours."""
     counter, characters = collections.Counter(), 0
     for text in texts:
         counter.update(WORD.findall(text))
@@ -766,9 +759,8 @@ def main():
     add("--key", help="with --run: begin lines for the driver with this")
     add("--devices", action="store_true", help="print names for CUDA_VISIBLE_DEVICES, and end")
     args = parser.parse_args()
-    for stream in filter(None, (sys.stdout, sys.stderr)):       # None is a closed one
-        stream.reconfigure(errors="replace")    # no character of a path may end it
-    sys.argv[1:] = sys.orig_argv[1:] = []       # the key is no candidate's business
+    sys.argv[1:] = sys.orig_argv[1:] = []       # no candidate may know the key
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends this without a traceback
     if args.devices:
         count = torch.cuda.device_count()       # without those that CUDA_VISIBLE_DEVICES hides
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
@@ -779,18 +771,15 @@ def main():
         torch.ones(1, device=DEVICE)    # fails if torch has no kernels for this GPU
         free, total = torch.cuda.mem_get_info() if CUDA else (1, 1)
         if free < 0.9 * total:
-            print(f"WARNING: {1 - free / total:.0%} of the GPU is in use; nvidia-smi says by whom",
-                  file=sys.stderr)
+            print("WARNING: another program uses this GPU: see nvidia-smi", file=sys.stderr)
         folder = args.folder or prepare(args.data)
         if path:
             sys.exit(one_run(path, args.seed, args.budget, folder, args.key))
-        print(folder)       # the last line, for whoever called
-    except (OSError, RuntimeError) as error:
+        print(folder)       # the driver reads this line
+    except (OSError, RuntimeError, UnicodeError) as error:
         problem = str(error).partition("\n")[0]
         sys.exit(f"prepare.py: {problem}: --data python needs no network, CUDA_VISIBLE_DEVICES=-1 "
                  f"no GPU; AUTORESEARCH_CACHE can name another folder than {CACHE}")
-    except KeyboardInterrupt:
-        sys.exit("prepare.py: stopped; downloads go on where they were")
 
 
 if __name__ == "__main__":

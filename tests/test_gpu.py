@@ -1,6 +1,5 @@
 """What train.py would do on a GPU, as far as a CPU can show it."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -24,33 +23,41 @@ def gpu(monkeypatch):
 
 
 def make_small(monkeypatch):
-    for name, value in {"CHANNELS": 32, "HEADS": 2, "TABLE_ROWS": 64}.items():
+    for name, value in {"CHANNELS": 32, "HEADS": 2, "PAIRS": 8, "TABLE_ROWS": 64}.items():
         monkeypatch.setattr(train, name, value)
 
 
-@pytest.mark.parametrize("gib, tokens", [(8, 2 ** 13), (12, 2 ** 14), (16, 2 ** 14), (24, 2 ** 15),
-                                         (80, 2 ** 17), (141, 2 ** 17), (2, 2 ** 7)])
-def test_activations_get_half_of_what_weights_and_states_leave_free(gpu, gib, tokens):
-    assert train.tokens_at_once(gib * 2 ** 30, PARAMETERS) == tokens
+def tokens(monkeypatch, free: float, total: float = 8.5e10) -> tuple[int, int]:
+    """Return the tokens of a batch and of a part on a GPU with so many bytes."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(total)))
+    rows, part = train.batch_sizes(PARAMETERS)
+    return rows * train.LENGTH, part * train.LENGTH
 
 
-def test_float32_takes_half_as_many_tokens_at_once(gpu, monkeypatch):
-    half = train.tokens_at_once(16 * 2 ** 30, PARAMETERS)
+@pytest.mark.parametrize("gib, part", [(8, 2 ** 13), (12, 2 ** 14), (16, 2 ** 14), (24, 2 ** 15),
+                                       (80, 2 ** 17), (141, 2 ** 17), (2, 2 ** 7)])
+def test_activations_get_half_of_what_weights_and_states_leave_free(gpu, monkeypatch, gib, part):
+    weights = 4 * PARAMETERS
+    assert tokens(monkeypatch, gib * 2 ** 30 - weights)[1] == part
+
+
+def test_float32_takes_half_as_many_tokens_at_a_time(gpu, monkeypatch):
+    half = tokens(monkeypatch, 16 * 2 ** 30)[1]
     monkeypatch.setattr(train, "DTYPE", torch.float32)
-    assert train.tokens_at_once(16 * 2 ** 30, PARAMETERS) == half // 2
+    assert tokens(monkeypatch, 16 * 2 ** 30)[1] == half // 2
 
 
 @pytest.mark.parametrize("gib, log2", [(141, 18), (79.1, 18), (48, 17), (39.4, 17), (23.5, 16),
                                        (15.8, 15), (11.8, 15), (7.8, 14)])
-def test_a_smaller_card_takes_smaller_steps(gpu, gib, log2):
-    assert math.log2(train.step_tokens(gib * 2 ** 30)) == log2
+def test_a_smaller_card_takes_smaller_steps(gpu, monkeypatch, gib, log2):
+    assert tokens(monkeypatch, 1e10, gib * 2 ** 30)[0] == 2 ** log2
 
 
 def test_a_step_is_as_large_as_the_knob_says_on_a_large_card_and_on_a_cpu(gpu, monkeypatch):
     monkeypatch.setattr(train, "BATCH_TOKENS", 3 * 2 ** 16)
-    assert train.step_tokens(8.5e10) == 3 * 2 ** 16
+    assert tokens(monkeypatch, 1e10, 8.5e10)[0] == 3 * 2 ** 16
     monkeypatch.setattr(train, "CUDA", False)
-    assert train.step_tokens(2 ** 34) == 3 * 2 ** 16
+    assert tokens(monkeypatch, 0, 0) == (3 * 2 ** 16, 3 * 2 ** 16)
 
 
 @pytest.mark.parametrize("free, part", [(8.4e10, 2 ** 17), (1.5e9, 2 ** 14)])
@@ -66,8 +73,12 @@ def test_a_full_card_takes_the_same_batch_in_smaller_parts(monkeypatch, free, pa
         yield None, None, 0.0
 
     monkeypatch.setattr(prepare, "batches", batches)
-    monkeypatch.setattr(train, "take_step", lambda loss_of, optimizers, x, y, part, rate:
-                        parts.append(part * train.LENGTH))
+
+    def take_step(loss_of, optimizers, x, y, part, rate):
+        parts.append(part * train.LENGTH)
+        return torch.zeros(())
+
+    monkeypatch.setattr(train, "take_step", take_step)
     train.train()
     assert asked == [2 ** 18] and parts == [part]
 

@@ -13,10 +13,10 @@ import prepare  # noqa: E402
 WORDS = {       # refused for a word: part of the reason
     "open('x')": "no files", "read = open": "no files", "exec('1')": "runs as code",
     "getattr(torch, 'lo' + 'ad')": "computed names", "list(map(vars, [1]))": "runs as code",
-    "'{0.__globals__}'.format(f)": "interpreter", "'{.gi_frame}'.format(f)": "interpreter",
-    "('{0._' + '_globals__}').format(f)": "computed formats",
-    "str.format('{0.x}', f)": "computed formats", "f'{torch.__dict__}'": "interpreter",
-    "getattr('{0.x' + '}', 'format')(f)": "computed formats", "get = getattr": "computed names",
+    "'{0.__globals__}'.format(f)": "no format", "'{.gi_frame}'.format(f)": "no format",
+    "('{0._' + '_globals__}').format(f)": "no format", "'{:.1f}'.format(1)": "use f-strings",
+    "str.format('{0.x}', f)": "no format", "f'{torch.__dict__}'": "interpreter",
+    "getattr('{0.x' + '}', 'format')(f)": "no format", "get = getattr": "computed names",
     "getattr(f, '__globals__')": "interpreter", "getattr(f, 'gi_' + 'frame')": "computed names",
     "def hasattr(m, name): return m.load\nhasattr(torch, 'x')": "computed names",
     "f = lambda hasattr: hasattr(torch, 'x')": "computed names",
@@ -66,7 +66,7 @@ NAMES = {       # refused for what a name leads to: part of the reason
 
 HONEST = [
     "def forward(self, input, help=0): return input", "def f(m): return m.__class__.__name__",
-    "NEW = torch.__version__ >= '2.9', type(NEW).__name__, '{:.1f}'.format(1)",
+    "NEW = torch.__version__ >= '2.9', type(NEW).__name__",
     "nn.init._calculate_fan_in_and_fan_out", "torch.set_float32_matmul_precision('high')",
     "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True",
     "import gc, heapq, re; gc.freeze()",
@@ -115,11 +115,6 @@ def test_torch_opens_no_module_of_another_package():
     for name in others:
         with pytest.raises(prepare.Invalid, match="is closed"):
             prepare.refuse_source(candidate(f"torch.{name}.x"))
-
-
-def test_a_format_over_two_lines_is_a_computed_one():
-    with pytest.raises(prepare.Invalid, match="no computed formats"):
-        prepare.refuse_source(candidate('x = f"""{' + "'''\n'''" + '}{{0.name}}""".format(train)'))
 
 
 def test_the_line_that_is_named_is_the_one_of_an_editor():

@@ -207,11 +207,11 @@ ATTACKS = {     # name: (candidate, what the crash says)
     "a cpu() of its own": (train(
         "real, T, model = torch.Tensor.cpu, torch.Tensor, loop(Model())",
         "T.cpu = lambda self: 0.9 * real(self)",
-        "return model"), "a patch of torch.Tensor.cpu"),
+        "return model"), "a patch of Tensor.cpu"),
     "a method of torch._C's that is hidden by one of the same name": (train(
         "real, model = torch.Tensor.gather, loop(Model())",
         "torch.Tensor.gather = lambda self, *more: 0.9 * real(self, *more)",
-        "return model"), "a patch of torch.Tensor.gather"),
+        "return model"), "a patch of Tensor.gather"),
     "a cpu() of its own for one call, which undoes itself": (model(
         "def forward(self, tokens):",
         "    real = torch.Tensor.cpu",
@@ -219,7 +219,7 @@ ATTACKS = {     # name: (candidate, what the crash says)
         "        torch.Tensor.cpu = real",
         "        return 0.9 * real(tensor)",
         "    if not self.training: torch.Tensor.cpu = once",
-        "    return super().forward(tokens)"), "a patch of torch.Tensor.cpu"),
+        "    return super().forward(tokens)"), "a patch of Tensor.cpu"),
     "a cross entropy of its own": (train(
         "F.cross_entropy, model = lambda *a, **k: torch.zeros(1), loop(Model())",
         "return model"), "a patch of torch.nn.functional.cross_entropy"),
@@ -282,6 +282,7 @@ def bench(folder, tmp_path, monkeypatch, capfd) -> Iterator[Callable[[str], dict
     def run(source: str) -> dict:
         monkeypatch.setattr(sys, "argv", ["prepare.py", *flags(source, folder, tmp_path)])
         monkeypatch.setattr(sys, "orig_argv", [])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)      # Ctrl-C is for pytest here
         with pytest.raises(SystemExit) as end:
             prepare.main()
         last = events(capfd.readouterr().out)[-1]
