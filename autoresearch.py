@@ -720,16 +720,16 @@ def told(exp: Experiment) -> str:
 LOG_LIMIT = 10_000_000  # bytes of output after which a run is ended; a usual one prints 10 kB
 START_LIMIT = 300       # seconds until a run on this machine has to say that it has started
 GRACE = 3               # seconds from SIGTERM to SIGKILL
-# What prepare.py has to report. Whatever else its events hold is shown, if it is there.
+# The numbers in a report of prepare.py
 NEEDED = ["val_bpb", "test_bpb", "train_seconds", "total_seconds", "peak_memory_mb"]
 
 
-async def run_command(command: list[str], log: Path, environment: dict[str, str], patience: float,
-                      on_event: Callable[[dict, str], None]) -> dict:
+async def run_command(command: list[str], log: Path, environment: dict[str, str],
+                      patience: float, on_event: Callable) -> dict:
     """Run a command and return what prepare.py reported. Raises Unusable without a score.
 
-    prepare.py prints events, as lines "KEY {json}". An event with a "limit" begins a phase: the
-    next phase has to begin within so many seconds, and the first one within `patience`.
+    prepare.py prints events, as lines "KEY {json}". One with a "limit" begins a phase: the next
+    phase has to begin within so many seconds, and the first one within `patience`.
     """
     key, now = os.urandom(16).hex(), time.monotonic()
     event, phase, cause = {}, "before it started", "ended without a report"
@@ -737,36 +737,31 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
     with (open(log, "wb", buffering=0) as file,
           process_group([*command, "--key", key], environment) as process):
         async for line in lines_of(process):
-            # Time does not count while the driver itself stands still, as after Ctrl-Z.
+            # No time passes while the driver stands still, as after Ctrl-Z.
             before, now = now, time.monotonic()
             patience -= min(now - before, 1.0)
             if patience < 0 or file.tell() > LOG_LIMIT:
-                cause = "timeout" if patience < 0 else f"flooded its log: {LOG_LIMIT} bytes"
+                cause = "timeout" if patience < 0 else "flooded its log"
                 break
-            # The candidate does not know the key, so what follows the key is from prepare.py.
+            # No candidate knows the key: what follows it is from prepare.py.
             words, _, payload = line.partition(key.encode())
             if words.strip():
                 file.write(words + b"\n")
                 printed.append(one_line(str(words, "utf-8", "replace"), 200))
-            try:
+            with contextlib.suppress(ValueError):   # no event, or a launcher damaged it
                 event = json.loads(payload)
-            except ValueError:      # there is no event, or a launcher damaged it
-                continue
-            if "limit" in event:
-                phase, patience = f"in {event['event']}", event["limit"]
-            on_event(event, printed[-1][:80])
-    return checked(process.returncode, event, f"{cause}, {phase}", printed)
+                if "limit" in event:
+                    phase, patience = f"in {event['event']}", event["limit"]
+                on_event(event, printed[-1][:80])
 
-
-def checked(code: int, event: dict, cause: str, printed: collections.deque) -> dict:
-    """Return a run's last event if it is a report with a score. Raises Unusable."""
-    if event.get("event") == "report" and code == 0:    # a report counts only after a normal end
+    code = process.returncode
+    if event.get("event") == "report" and code == 0:    # it counts only after a normal end
         numbers = [event.get(name) for name in NEEDED]
         if all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
             return event
-        event["reason"] = f"no finite number for one of {', '.join(NEEDED)} was reported"
+        cause = f"no finite number for each of {NEEDED}"
     how = "signal 9 (out of memory?)" if code == -signal.SIGKILL else f"code {code}"
-    reason = event.get("reason") or f"{cause}, by {how}: {printed[-1][:80]}"
+    reason = event.get("reason") or f"{cause}, {phase}, by {how}: {printed[-1][:80]}"
     raise Unusable(one_line(reason), "\n".join(printed).strip(), started=bool(event))
 
 
@@ -774,13 +769,12 @@ async def lines_of(process: subprocess.Popen) -> AsyncIterator[bytes]:
     """Yield what a process prints, line by line, until it ends; b"" while it prints nothing."""
     os.set_blocking(process.stdout.fileno(), False)
     chunk, rest, has_ended = b"", b"", False
-    # A child of it that holds the pipe open is not waited for.
-    while chunk or not has_ended:
+    while chunk or not has_ended:   # a child that holds the pipe open is not waited for
         has_ended = process.poll() is not None      # if so, the next read gets all that is left
         chunk = process.stdout.read(1 << 16) or b""
         *lines, rest = re.split(b"[\r\n]", rest + chunk)
         if len(rest) > 1 << 16:     # the end of such a line may never come
-            lines, rest = [*lines, rest], b""
+            lines, rest = [rest], b""
         for line in lines or [b""]:
             yield line
         await asyncio.sleep(0 if chunk else 0.05)
@@ -788,7 +782,7 @@ async def lines_of(process: subprocess.Popen) -> AsyncIterator[bytes]:
 
 
 @contextlib.contextmanager
-def process_group(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+def process_group(command: list[str], environment: dict[str, str]) -> Iterator:
     """Start a command; at the end of the block, end it and all that it has started."""
     with subprocess.Popen(command, env=environment, bufsize=0, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -799,7 +793,7 @@ def process_group(command: list[str], environment: dict[str, str]) -> Iterator[s
             yield process
         finally:
             for number in signal.SIGTERM, signal.SIGKILL:
-                # OSError: all have ended. No new process gets this id while one of them lives.
+                # OSError: none of them is left.
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, number)
                     process.wait(GRACE)
@@ -807,7 +801,6 @@ def process_group(command: list[str], environment: dict[str, str]) -> Iterator[s
 
 def run_environment(**more: str) -> dict[str, str]:
     """Return the environment for runs: ours without anything that looks like a secret."""
-    # The URL of a proxy may hold a password.
     secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$|API_BASE|BASE_URL", re.I)
     kept = {name: value for name, value in os.environ.items() if not secret.search(name)}
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"} | more
