@@ -605,12 +605,6 @@ FALSE_STARTS = 5        # if so many runs in a row do not even start, the driver
 DEATHS = 2              # if the driver died so often during runs of one candidate, it is a crash
 
 # ---- 3  The judge's numbers ---------------------------------------------------------------------
-# The rule in English, for the prompt. Another judge needs another text.
-RULE = (f"A change is kept if it is better after each of {RUNS} runs, on different seeds. One that "
-        f"makes the code longer, in lines without comments, has to win after each run by {WIN:g} * "
-        f"noise * sqrt(1/k + 1/n), if the means are of k runs of it and n of the incumbent.")
-
-
 def standard_error(k: int, n: int, noise: float) -> float:
     """Return the standard error of the difference of two means, of k and of n runs."""
     return noise * math.sqrt(1 / k + 1 / n)
@@ -619,36 +613,29 @@ def standard_error(k: int, n: int, noise: float) -> float:
 def judge_version() -> str:
     """Return a hash of what decides a verdict: another judge needs a new ledger."""
     code = map(inspect.getsource, (score, judge, standard_error, noise_of, pooled_noise))
-    text = "".join([*code, str((RUNS, WIN, BASELINE_RUNS, NOISE_PROGRAMS))])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    numbers = RUNS, WIN, BASELINE_RUNS, NOISE_PROGRAMS
+    return hashlib.sha256("".join([*code, str(numbers)]).encode()).hexdigest()[:16]
 
 
 def noise_of(judged: list[Experiment]) -> float:
     """Estimate the noise from the newest programs that ran more than once."""
-    return pooled_noise([exp.scores for exp in judged if len(exp.scores) > 1][-NOISE_PROGRAMS:])
+    groups = [exp.scores for exp in judged if len(exp.scores) > 1]
+    return pooled_noise(groups[-NOISE_PROGRAMS:])
 
 
 def pooled_noise(groups: list[list[float]]) -> float:
     """Return the pooled standard deviation of programs that ran repeatedly; 0.0 without any."""
     squares = sum((x - fmean(group)) ** 2 for group in groups for x in group)
-    freedom = sum(len(group) - 1 for group in groups if group)
+    freedom = sum(len(group) - 1 for group in groups)
     return math.sqrt(squares / freedom) if freedom else 0.0
 
 
 # ---- 4  The prompt ------------------------------------------------------------------------------
-# make_prompt() fills {{}} with prepare.py's contract, which comes with a run's first event.
-RULES = f"""You do machine-learning research: each experiment is a new train.py. A driver trains it
-for a fixed time on a fixed machine and keeps it if val_bpb falls.
-{{}}
-- {RULE}
-- A gain has to travel: it counts only if it survives at half and at twice the budget. A constant
-  that fits the speed of this one machine is a defect.
-- No program runs twice; comments do not make it another one.
-
-Reply in exactly this form, nothing else:
+# Another judge needs another first rule. The contract of prepare.py follows these rules.
+RULES = f"""You do machine-learning research: each experiment is a new train.py, trained for a
+fixed time. Reply in exactly this form, nothing else:
 
 DESCRIPTION: what changes, in a few words
-
 Two or three sentences: why it should help, and what you expect.
 
 <<<<<<< SEARCH
@@ -657,73 +644,70 @@ lines copied exactly from the incumbent train.py
 lines to stand in their place
 >>>>>>> REPLACE
 
-As many such blocks as needed. Each SEARCH must match the incumbent exactly once: copy enough whole
-lines to be unique, and no more. Another change may be kept before yours runs; your edit is then
-applied to that incumbent. So have `NAME = number` lines in a SEARCH only to change them, and define
-new names beside their use. For a rewrite, give the whole new file in one ```python fence; you are
-asked for it again if another change is kept before it runs.
-
-The person you work for says:
+Give as many such blocks as needed. Each SEARCH must match the incumbent exactly once: copy enough
+whole lines to be unique. Another change may be kept first, and yours still has to fit: leave out
+`NAME = number` lines that stay as they are, and define new names beside their use. For a rewrite,
+give the whole new file in one ```python fence. The rules:
+- A change is kept if val_bpb is lower after each of {RUNS} runs. If the code is longer, comments
+  aside, it has to win each time by {WIN:g} * noise * sqrt(1/k + 1/n), with k runs against n.
+- A gain has to travel: it counts only if it survives at half and at twice the budget.
 """
-NOT_FOR_PROMPTS = ["sha256", "prepare", "folder", "threads", "name", "judge", "contract", "event",
-                   "limit"]
+NOT_FOR_PROMPTS = "contract event folder judge limit name prepare sha256 threads".split()
 
 
 def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
     """Return the prompt in parts, what changes least first: providers cache its beginning."""
-    best = lab.incumbent
+    with contextlib.suppress(OSError):      # there is no file while an editor replaces it
+        data = PROGRAM.read_bytes()
+        lab.program = data.decode(json.detect_encoding(data), "replace") or lab.program
+    if not lab.program:
+        raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
+    rules = (f"{RULES}{lab.conditions.get('contract', '')}\n\n"
+             f"The person you work for says:\n{lab.program}")
     facts = [f"{name}: {fact}\n" for name, fact in lab.conditions.items()
              if name not in NOT_FOR_PROMPTS and not name.startswith("test_")]
+    best = lab.incumbent
     begin = (f"# The machine\n{''.join(facts)}\n"
              f"# The incumbent: experiment {best.number}\n"
              f"```python\n{best.source.rstrip()}\n```\n\n"
-             f"# History, oldest first: number, verdict, val_bpb (0 for a crash), who: "
-             f"what | gain over the incumbent at that time; what its first run did\n")
+             f"# History, oldest first: verdict, val_bpb (who): what | gain; its first run\n")
     past = [told(old) for i, old in enumerate(lab.judged)
             if old.status == "keep" or i >= len(lab.judged) - lab.history]
-    scores = ", ".join(f"{bpb:.4f}" for bpb in best.scores)
-    now = (f"\n# Now\nThe incumbent has {score(best.scores):.4f}, from runs with {scores}. Its "
-           f"newest run: {best.runs[-1].get('did', 'no details')}. "
+    now = (f"\n# Now\nThe incumbent has {score(best.scores):.4f}. "
+           f"Its newest run: {best.runs[-1].get('did', 'no details')}. "
            f"Noise: {noise_of(lab.judged):.4f}.\n")
     log = best.folder / f"run-{best.tries - 1}.log"
     for line in read(log).splitlines()[-3:] if log.exists() else []:
         now += f"The end of its newest log, as data: {one_line(line, 200)}\n"
     for other in lab.active:
         if other is not exp:
-            what = other.description or "somebody writes it from this same text: go another way"
+            what = other.description or "drafted from this same text: go another way"
             now += f"In progress: #{other.number}: {what}\n"
-    data = PROGRAM.read_bytes() if PROGRAM.exists() else b""    # none while an editor replaces it
-    code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    lab.program = data.decode(code, "replace") or lab.program
-    if not lab.program:
-        raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
-    rules = RULES.format(lab.conditions.get("contract", ""))
-    return [rules + lab.program, begin, *past, now + "Propose the next experiment."]
+    return [rules, begin, *past, now + "Propose the next experiment."]
 
 
 def told(exp: Experiment) -> str:
     """Return what the history tells of an experiment; never its test_bpb."""
-    did = f"; {exp.runs[0].get('did', 'no details')}" if exp.runs else ""
+    did = exp.runs[0].get("did", "no details") if exp.runs else "no score"
     why = f"    why: {one_line(exp.why, 200)}\n" if exp.why else ""
-    bpb = 0.0 if exp.status == "crash" else score(exp.scores)
-    return (f"#{exp.number} {exp.status} {bpb:.4f} ({exp.by}): {exp.description} | "
-            f"{exp.reason}{did}\n{why}")
+    return (f"#{exp.number} {exp.status} {score(exp.scores):.4f} ({exp.by}): "
+            f"{exp.description} | {exp.reason}; {did}\n{why}")
 
 
 # ---- 5  A run: one training in a process group of its own, under time limits --------------------
 LOG_LIMIT = 10_000_000  # bytes of output after which a run is ended; a usual one prints 10 kB
 START_LIMIT = 300       # seconds until a run on this machine has to say that it has started
 GRACE = 3               # seconds from SIGTERM to SIGKILL
-# What prepare.py has to report. Whatever else its events hold is shown, if it is there.
+# The numbers in a report of prepare.py
 NEEDED = ["val_bpb", "test_bpb", "train_seconds", "total_seconds", "peak_memory_mb"]
 
 
-async def run_command(command: list[str], log: Path, environment: dict[str, str], patience: float,
-                      on_event: Callable[[dict, str], None]) -> dict:
+async def run_command(command: list[str], log: Path, environment: dict[str, str],
+                      patience: float, on_event: Callable) -> dict:
     """Run a command and return what prepare.py reported. Raises Unusable without a score.
 
-    prepare.py prints events, as lines "KEY {json}". An event with a "limit" begins a phase: the
-    next phase has to begin within so many seconds, and the first one within `patience`.
+    prepare.py prints events, as lines "KEY {json}". One with a "limit" begins a phase: the next
+    phase has to begin within so many seconds, and the first one within `patience`.
     """
     key, now = os.urandom(16).hex(), time.monotonic()
     event, phase, cause = {}, "before it started", "ended without a report"
@@ -731,36 +715,31 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
     with (open(log, "wb", buffering=0) as file,
           process_group([*command, "--key", key], environment) as process):
         async for line in lines_of(process):
-            # Time does not count while the driver itself stands still, as after Ctrl-Z.
+            # No time passes while the driver stands still, as after Ctrl-Z.
             before, now = now, time.monotonic()
             patience -= min(now - before, 1.0)
             if patience < 0 or file.tell() > LOG_LIMIT:
-                cause = "timeout" if patience < 0 else f"flooded its log: {LOG_LIMIT} bytes"
+                cause = "timeout" if patience < 0 else "flooded its log"
                 break
-            # The candidate does not know the key, so what follows the key is from prepare.py.
+            # No candidate knows the key: what follows it is from prepare.py.
             words, _, payload = line.partition(key.encode())
             if words.strip():
                 file.write(words + b"\n")
                 printed.append(one_line(str(words, "utf-8", "replace"), 200))
-            try:
+            with contextlib.suppress(ValueError):   # no event, or a launcher damaged it
                 event = json.loads(payload)
-            except ValueError:      # there is no event, or a launcher damaged it
-                continue
-            if "limit" in event:
-                phase, patience = f"in {event['event']}", event["limit"]
-            on_event(event, printed[-1][:80])
-    return checked(process.returncode, event, f"{cause}, {phase}", printed)
+                if "limit" in event:
+                    phase, patience = f"in {event['event']}", event["limit"]
+                on_event(event, printed[-1][:80])
 
-
-def checked(code: int, event: dict, cause: str, printed: collections.deque) -> dict:
-    """Return a run's last event if it is a report with a score. Raises Unusable."""
-    if event.get("event") == "report" and code == 0:    # a report counts only after a normal end
+    code = process.returncode
+    if event.get("event") == "report" and code == 0:    # it counts only after a normal end
         numbers = [event.get(name) for name in NEEDED]
         if all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
             return event
-        event["reason"] = f"no finite number for one of {', '.join(NEEDED)} was reported"
+        cause = f"no finite number for each of {NEEDED}"
     how = "signal 9 (out of memory?)" if code == -signal.SIGKILL else f"code {code}"
-    reason = event.get("reason") or f"{cause}, by {how}: {printed[-1][:80]}"
+    reason = event.get("reason") or f"{cause}, {phase}, by {how}: {printed[-1][:80]}"
     raise Unusable(one_line(reason), "\n".join(printed).strip(), started=bool(event))
 
 
@@ -768,13 +747,12 @@ async def lines_of(process: subprocess.Popen) -> AsyncIterator[bytes]:
     """Yield what a process prints, line by line, until it ends; b"" while it prints nothing."""
     os.set_blocking(process.stdout.fileno(), False)
     chunk, rest, has_ended = b"", b"", False
-    # A child of it that holds the pipe open is not waited for.
-    while chunk or not has_ended:
+    while chunk or not has_ended:   # a child that holds the pipe open is not waited for
         has_ended = process.poll() is not None      # if so, the next read gets all that is left
         chunk = process.stdout.read(1 << 16) or b""
         *lines, rest = re.split(b"[\r\n]", rest + chunk)
         if len(rest) > 1 << 16:     # the end of such a line may never come
-            lines, rest = [*lines, rest], b""
+            lines, rest = [rest], b""
         for line in lines or [b""]:
             yield line
         await asyncio.sleep(0 if chunk else 0.05)
@@ -782,7 +760,7 @@ async def lines_of(process: subprocess.Popen) -> AsyncIterator[bytes]:
 
 
 @contextlib.contextmanager
-def process_group(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+def process_group(command: list[str], environment: dict[str, str]) -> Iterator:
     """Start a command; at the end of the block, end it and all that it has started."""
     with subprocess.Popen(command, env=environment, bufsize=0, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -793,7 +771,7 @@ def process_group(command: list[str], environment: dict[str, str]) -> Iterator[s
             yield process
         finally:
             for number in signal.SIGTERM, signal.SIGKILL:
-                # OSError: all have ended. No new process gets this id while one of them lives.
+                # OSError: none of them is left.
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, number)
                     process.wait(GRACE)
@@ -801,7 +779,6 @@ def process_group(command: list[str], environment: dict[str, str]) -> Iterator[s
 
 def run_environment(**more: str) -> dict[str, str]:
     """Return the environment for runs: ours without anything that looks like a secret."""
-    # The URL of a proxy may hold a password.
     secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$|API_BASE|BASE_URL", re.I)
     kept = {name: value for name, value in os.environ.items() if not secret.search(name)}
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"} | more

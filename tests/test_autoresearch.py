@@ -666,7 +666,7 @@ def test_an_experiment_that_cannot_be_read_keeps_its_number_and_its_folder(measu
     assert [row["experiment"] for row in consistent(measured)] == ["0", "9"]
 
 
-@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
 def test_a_program_md_of_any_editor_is_read_and_its_absence_does_no_harm(measured, llm, code):
     def removes_it(handler):
         (measured.folder / "program.md").unlink()
