@@ -1081,11 +1081,9 @@ LOG = FOLDER / "log.txt"
 CONDITIONS = FOLDER / "conditions.json"
 CONFIRMED = FOLDER / "confirmed.json"
 BEGIN_ANEW = f"d=old/$(date +%s); mkdir -p $d; mv {LEDGER} {FOLDER} {PLOT} $d; git checkout {TRAIN}"
-MUST_NOT_CHANGE = ["data", "sha256", "device", "threads", "torch", "budget", "seq_len",
-                   "vocab_size", "prepare", "judge"]
-COLUMNS = ["commit", "val_bpb", "memory_gb", "status", "description", "experiment", "by", "runs",
-           "test_bpb", "reason", "train_seconds", "total_seconds", "input_tokens", "output_tokens",
-           "finished"]
+MUST_NOT_CHANGE = "data sha256 device threads torch budget seq_len vocab_size prepare judge".split()
+COLUMNS = ("commit val_bpb memory_gb status description experiment by runs test_bpb reason "
+           "train_seconds total_seconds input_tokens output_tokens finished").split()
 
 
 def row_of(exp: Experiment) -> str:
@@ -1095,21 +1093,18 @@ def row_of(exp: Experiment) -> str:
     val, test, train, total, memory = ([run[name] for run in shown] for name in NEEDED)
     row = vars(exp) | {
         "commit": exp.commit or exp.fingerprint[:7] or "0000000", "experiment": exp.number,
-        "runs": ",".join(f"{run['val_bpb']:.6f}" for run in runs),
-        "val_bpb": f"{score(val):.6f}", "test_bpb": f"{score(test):.6f}",
-        "train_seconds": f"{sum(train):.1f}", "total_seconds": f"{sum(total):.1f}",
-        "memory_gb": f"{max(memory) / 1000:.1f}"}
+        "val_bpb": f"{score(val):.6f}", "runs": ",".join(f"{run['val_bpb']:.6f}" for run in runs),
+        "test_bpb": f"{score(test):.6f}", "memory_gb": f"{max(memory) / 1000:.1f}",
+        "train_seconds": f"{sum(train):.1f}", "total_seconds": f"{sum(total):.1f}"}
     return "\t".join(str(row[name]) for name in COLUMNS)
 
 
 def mend_ledger(judged: list[Experiment]):
     """Make results.tsv agree with runs/, which has the truth. A first start writes the header."""
-    rows = ["\t".join(COLUMNS), *map(row_of, judged)]
-    mended = "\n".join([*rows, ""])
+    mended = "".join(f"{row}\n" for row in ["\t".join(COLUMNS), *map(row_of, judged)])
     text = read(LEDGER) if LEDGER.exists() else ""
-    if text.count("\n") > len(rows):
-        raise Stop(f"{LEDGER} has more lines than {FOLDER}/ has verdicts: put back what is missing "
-                   f"there, delete what is no row, or begin anew: {BEGIN_ANEW}")
+    if text.count("\n") > mended.count("\n"):
+        raise Stop(f"{LEDGER} has more lines than {FOLDER}/ has verdicts; begin anew: {BEGIN_ANEW}")
     if text not in ("", mended):
         write_whole(LEDGER.with_suffix(".old"), text)
         say(f"{LEDGER} did not agree with {FOLDER}/ and is mended; results.old is as it was")
@@ -1129,9 +1124,8 @@ def read_json(path: Path) -> dict:
     """Return the data in a file; {} if there is no such file."""
     try:
         return dict(json.loads(read(path))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise Stop(f"{path} is damaged ({error}): put a copy back, delete it if it is "
-                   f"{CONFIRMED}, or begin anew: {BEGIN_ANEW}") from None
+    except (ValueError, TypeError):
+        raise Stop(f"{path} is damaged: put a copy back, or begin anew: {BEGIN_ANEW}") from None
 
 
 def read(path: Path) -> str:
@@ -1143,9 +1137,8 @@ def write_whole(path: Path, content: str | dict):
     """Write text, or data as JSON. After a kill the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    text = content if isinstance(content, str) else json.dumps(content, indent=1)
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
+        file.write(content if isinstance(content, str) else json.dumps(content, indent=1))
         file.flush()
         os.fsync(file.fileno())     # else a power failure may leave the new name without content
     os.replace(temporary, path)
@@ -1153,26 +1146,20 @@ def write_whole(path: Path, content: str | dict):
 
 def git_commit(description: str, reason: str) -> str:
     """Commit train.py alone, on a branch autoresearch/... only. Return its name, or ""."""
-    def git(*args: str) -> str:
-        # Hooks may ask questions, and nobody is there at night.
-        command = shlex.join(["git", "-c", "core.hooksPath=/dev/null", *args])
-        return subprocess.getoutput(f"{command} < /dev/null", errors="replace")
-
-    if not git("branch", "--show-current").startswith("autoresearch/"):
-        return ""
-    git("add", "train.py")
-    words = git("commit", "--no-gpg-sign", "-m", f"{description}\n\n{reason}", "--", "train.py")
-    # What git has now decides: it may have had this commit already, from before a kill.
-    if git("rev-parse", "HEAD:./train.py") == git("hash-object", "train.py"):
-        return git("log", "-1", "--format=%h", "--abbrev=7", "--", "train.py")
-    say(f"{TRAIN} was not committed, and the night goes on: {one_line(words)}")
+    def git(words: str) -> str:     # without hooks: they may ask, and nobody is there at night
+        return subprocess.getoutput(f"git -c core.hooksPath=/dev/null {words}", errors="replace")
+    if git("branch --show-current").startswith("autoresearch/"):
+        message = shlex.quote(f"{description}\n\n{reason}")
+        said = git(f"commit --no-gpg-sign -m {message} -- {TRAIN}")
+        if git(f"rev-parse HEAD:./{TRAIN}") == git(f"hash-object {TRAIN}"):
+            return git(f"log -1 --format=%h --abbrev=7 -- {TRAIN}")  # it may be from before a kill
+        say(f"{TRAIN} was not committed, and the night goes on: {one_line(said)}")
     return ""
 
 
 def one_line(text: str, limit: int = 300) -> str:
     """Return text as one line without control characters, tabs or double quotes, cut at limit."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    line = " ".join(printable.split()).replace('"', "'")
+    line = "".join(filter(str.isprintable, " ".join(text.split()))).replace('"', "'")
     return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
