@@ -1278,38 +1278,30 @@ def main() -> int | str:
             lock_folder()
         lab = Lab(args)
         if args.experiments != 0:
-            result = asyncio.run(until_signal(lab.night()))
+            asyncio.run(until_signal(lab.night()))
+    except (asyncio.CancelledError, KeyboardInterrupt) as stop:
+        result = 128 + (*stop.args, signal.SIGINT)[0]   # stop.args: what cancel() was given
+        say(f"stopped by {signal.Signals(result - 128).name}")
     except Stop as reason:
         result = f"autoresearch.py: {reason}"
     except Unusable as problem:         # the baseline has no train(), for example
-        result = (f"autoresearch.py: {TRAIN}: {problem.reason}: mend it, or git checkout {TRAIN}; "
-                  f"{FOLDER}/ has its log")
+        result = f"{TRAIN}: {problem.reason}: mend it, or git checkout {TRAIN}; see {FOLDER}/"
     except Exception as error:          # the disk is full, for example, or this file has a fault
         write_log(traceback.format_exc())
-        result = (f"autoresearch.py: {type(error).__name__}: {error}; what was logged is safe: "
-                  f"mend that and start again, or report it with the end of {LOG}")
+        result = f"{type(error).__name__}: {error}; what was logged is safe; {LOG} has the details"
     if lab:
-        budget = lab.conditions.get("budget", 0)
-        lines = summary(lab.judged, lab.confirmed, budget)
+        lines = summary(lab.judged, lab.confirmed, lab.conditions.get("budget", 0))
         say("\n".join([*map(line_of, kept(lab.judged)), *lines]))
-    if isinstance(result, str):
-        write_log(result)
+    write_log(f"ended: {result}")
     return result
 
 
-async def until_signal(work: Coroutine) -> int:
-    """Do the work and return 0; or cancel it at the first signal, and return 128 + its number."""
-    cancel = asyncio.current_task().cancel
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) != signal.SIG_IGN:      # nohup wants to outlive its terminal
-            asyncio.get_running_loop().add_signal_handler(number, cancel, number)
-    try:
-        await work
-    except asyncio.CancelledError as stop:
-        number = (*stop.args, signal.SIGINT)[0]         # what cancel() was given
-        say(f"stopped by {signal.Signals(number).name}")
-        return 128 + number
-    return 0
+async def until_signal(work: Coroutine):
+    """Do the work. The first signal cancels it, and CancelledError holds the signal's number."""
+    for sig in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(sig) != signal.SIG_IGN:     # nohup wants to outlive its terminal
+            asyncio.get_running_loop().add_signal_handler(sig, asyncio.current_task().cancel, sig)
+    await work
 
 
 async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -1317,8 +1309,6 @@ async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
     if args.workers == 1 or args.launch:
         return [{}] * args.workers
     gpus = (await ask_prepare("--devices", answer=r"[\w/-]+(, ?[\w/-]+)*")).split(",")
-    if gpus != [""] and len(gpus) < args.workers:       # [""] without CUDA
-        say(f"WARNING: {args.workers} workers share {len(gpus)} GPUs, so runs slow each other down")
     cores = str(os.cpu_count() // args.workers or 1)
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], "OMP_NUM_THREADS": cores,
              "TORCHINDUCTOR_COMPILE_THREADS": cores} for i in range(args.workers)]
@@ -1326,14 +1316,14 @@ async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
 
 async def ask_prepare(*flags: str, answer: str = ".+") -> str:
     """Run prepare.py, which has torch and the data, and return its last line that is an answer."""
-    lines = []
+    lines = ["prepare.py ended without a word"]
     with process_group([sys.executable, "prepare.py", *flags], run_environment()) as process:
         async for line in lines_of(process):
             if text := line.decode("utf-8", "surrogateescape").rstrip():
                 lines.append(text)
                 say(text)
     if process.returncode:
-        raise Stop(lines[-1] if lines else "prepare.py ended without a word")
+        raise Stop(lines[-1])
     return next((line for line in reversed(lines) if re.fullmatch(answer, line)), "")
 
 
@@ -1350,7 +1340,7 @@ def lock_folder():
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--experiments", type=int, metavar="N", help="stop after N (default: go on; 0: summary)")
     add("--budget", type=float, metavar="SECONDS", help="training time of a run")
@@ -1362,19 +1352,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--launch", type=shlex.split, default=[], metavar="PREFIX", help="before a run's command")
     add("--data", metavar="NAME|PATH", help="python, stdlib, tinystories, c4[:SHARDS], or a path")
     add("--confirm", type=int, metavar="N", help="run baseline and incumbent N times each")
-    parser.error = lambda message: parser.exit(
-        2, f"autoresearch.py: {message}; --help shows the flags\n")
     args = parser.parse_args()
     least = {"experiments": 0, "budget": 0.1, "tokens": 1, "workers": 1, "confirm": 1}
     for flag, value in vars(args).items():
         if flag in least and value is not None and not least[flag] <= value < math.inf:
             parser.error(f"--{flag} has to be at least {least[flag]}")
-    configured = find_format(args.base_url)
-    args.researcher = args.researcher or ("llm" if configured else "search")
-    if args.researcher == "llm" and not configured:
+    if args.researcher == "llm" and not find_format(args.base_url):
         parser.error(f"--researcher llm needs {CONNECT}")
-    if args.data and not re.fullmatch(r"python|stdlib|tinystories|c4(:\d+)?", args.data):
-        args.data = str(Path(args.data).expanduser().resolve())     # as seen from where we start
+    args.researcher = args.researcher or ("llm" if find_format(args.base_url) else "search")
     return args
 
 
