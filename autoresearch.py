@@ -1052,11 +1052,9 @@ LOG = FOLDER / "log.txt"
 CONDITIONS = FOLDER / "conditions.json"
 CONFIRMED = FOLDER / "confirmed.json"
 BEGIN_ANEW = f"d=old/$(date +%s); mkdir -p $d; mv {LEDGER} {FOLDER} {PLOT} $d; git checkout {TRAIN}"
-MUST_NOT_CHANGE = ["data", "sha256", "device", "threads", "torch", "budget", "seq_len",
-                   "vocab_size", "prepare", "judge"]
-COLUMNS = ["commit", "val_bpb", "memory_gb", "status", "description", "experiment", "by", "runs",
-           "test_bpb", "reason", "train_seconds", "total_seconds", "input_tokens", "output_tokens",
-           "finished"]
+MUST_NOT_CHANGE = "data sha256 device threads torch budget seq_len vocab_size prepare judge".split()
+COLUMNS = ("commit val_bpb memory_gb status description experiment by runs test_bpb reason "
+           "train_seconds total_seconds input_tokens output_tokens finished").split()
 
 
 def row_of(exp: Experiment) -> str:
@@ -1066,21 +1064,18 @@ def row_of(exp: Experiment) -> str:
     val, test, train, total, memory = ([run[name] for run in shown] for name in NEEDED)
     row = vars(exp) | {
         "commit": exp.commit or exp.fingerprint[:7] or "0000000", "experiment": exp.number,
-        "runs": ",".join(f"{run['val_bpb']:.6f}" for run in runs),
-        "val_bpb": f"{score(val):.6f}", "test_bpb": f"{score(test):.6f}",
-        "train_seconds": f"{sum(train):.1f}", "total_seconds": f"{sum(total):.1f}",
-        "memory_gb": f"{max(memory) / 1000:.1f}"}
+        "val_bpb": f"{score(val):.6f}", "runs": ",".join(f"{run['val_bpb']:.6f}" for run in runs),
+        "test_bpb": f"{score(test):.6f}", "memory_gb": f"{max(memory) / 1000:.1f}",
+        "train_seconds": f"{sum(train):.1f}", "total_seconds": f"{sum(total):.1f}"}
     return "\t".join(str(row[name]) for name in COLUMNS)
 
 
 def mend_ledger(judged: list[Experiment]):
     """Make results.tsv agree with runs/, which has the truth. A first start writes the header."""
-    rows = ["\t".join(COLUMNS), *map(row_of, judged)]
-    mended = "\n".join([*rows, ""])
+    mended = "".join(f"{row}\n" for row in ["\t".join(COLUMNS), *map(row_of, judged)])
     text = read(LEDGER) if LEDGER.exists() else ""
-    if text.count("\n") > len(rows):
-        raise Stop(f"{LEDGER} has more lines than {FOLDER}/ has verdicts: put back what is missing "
-                   f"there, delete what is no row, or begin anew: {BEGIN_ANEW}")
+    if text.count("\n") > mended.count("\n"):
+        raise Stop(f"{LEDGER} has more lines than {FOLDER}/ has verdicts; begin anew: {BEGIN_ANEW}")
     if text not in ("", mended):
         write_whole(LEDGER.with_suffix(".old"), text)
         say(f"{LEDGER} did not agree with {FOLDER}/ and is mended; results.old is as it was")
@@ -1100,9 +1095,8 @@ def read_json(path: Path) -> dict:
     """Return the data in a file; {} if there is no such file."""
     try:
         return dict(json.loads(read(path))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise Stop(f"{path} is damaged ({error}): put a copy back, delete it if it is "
-                   f"{CONFIRMED}, or begin anew: {BEGIN_ANEW}") from None
+    except (ValueError, TypeError):
+        raise Stop(f"{path} is damaged: put a copy back, or begin anew: {BEGIN_ANEW}") from None
 
 
 def read(path: Path) -> str:
@@ -1114,9 +1108,8 @@ def write_whole(path: Path, content: str | dict):
     """Write text, or data as JSON. After a kill the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    text = content if isinstance(content, str) else json.dumps(content, indent=1)
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
+        file.write(content if isinstance(content, str) else json.dumps(content, indent=1))
         file.flush()
         os.fsync(file.fileno())     # else a power failure may leave the new name without content
     os.replace(temporary, path)
@@ -1124,26 +1117,20 @@ def write_whole(path: Path, content: str | dict):
 
 def git_commit(description: str, reason: str) -> str:
     """Commit train.py alone, on a branch autoresearch/... only. Return its name, or ""."""
-    def git(*args: str) -> str:
-        # Hooks may ask questions, and nobody is there at night.
-        command = shlex.join(["git", "-c", "core.hooksPath=/dev/null", *args])
-        return subprocess.getoutput(f"{command} < /dev/null", errors="replace")
-
-    if not git("branch", "--show-current").startswith("autoresearch/"):
-        return ""
-    git("add", "train.py")
-    words = git("commit", "--no-gpg-sign", "-m", f"{description}\n\n{reason}", "--", "train.py")
-    # What git has now decides: it may have had this commit already, from before a kill.
-    if git("rev-parse", "HEAD:./train.py") == git("hash-object", "train.py"):
-        return git("log", "-1", "--format=%h", "--abbrev=7", "--", "train.py")
-    say(f"{TRAIN} was not committed, and the night goes on: {one_line(words)}")
+    def git(words: str) -> str:     # without hooks: they may ask, and nobody is there at night
+        return subprocess.getoutput(f"git -c core.hooksPath=/dev/null {words}", errors="replace")
+    if git("branch --show-current").startswith("autoresearch/"):
+        message = shlex.quote(f"{description}\n\n{reason}")
+        said = git(f"commit --no-gpg-sign -m {message} -- {TRAIN}")
+        if git(f"rev-parse HEAD:./{TRAIN}") == git(f"hash-object {TRAIN}"):
+            return git(f"log -1 --format=%h --abbrev=7 -- {TRAIN}")  # it may be from before a kill
+        say(f"{TRAIN} was not committed, and the night goes on: {one_line(said)}")
     return ""
 
 
 def one_line(text: str, limit: int = 300) -> str:
     """Return text as one line without control characters, tabs or double quotes, cut at limit."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    line = " ".join(printable.split()).replace('"', "'")
+    line = "".join(filter(str.isprintable, " ".join(text.split()))).replace('"', "'")
     return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
@@ -1262,38 +1249,30 @@ def main() -> int | str:
             lock_folder()
         lab = Lab(args)
         if args.experiments != 0:
-            result = asyncio.run(until_signal(lab.night()))
+            asyncio.run(until_signal(lab.night()))
+    except (asyncio.CancelledError, KeyboardInterrupt) as stop:
+        result = 128 + (*stop.args, signal.SIGINT)[0]   # stop.args: what cancel() was given
+        say(f"stopped by {signal.Signals(result - 128).name}")
     except Stop as reason:
         result = f"autoresearch.py: {reason}"
     except Unusable as problem:         # the baseline has no train(), for example
-        result = (f"autoresearch.py: {TRAIN}: {problem.reason}: mend it, or git checkout {TRAIN}; "
-                  f"{FOLDER}/ has its log")
+        result = f"{TRAIN}: {problem.reason}: mend it, or git checkout {TRAIN}; see {FOLDER}/"
     except Exception as error:          # the disk is full, for example, or this file has a fault
         write_log(traceback.format_exc())
-        result = (f"autoresearch.py: {type(error).__name__}: {error}; what was logged is safe: "
-                  f"mend that and start again, or report it with the end of {LOG}")
+        result = f"{type(error).__name__}: {error}; what was logged is safe; {LOG} has the details"
     if lab:
-        budget = lab.conditions.get("budget", 0)
-        lines = summary(lab.judged, lab.confirmed, budget)
+        lines = summary(lab.judged, lab.confirmed, lab.conditions.get("budget", 0))
         say("\n".join([*map(line_of, kept(lab.judged)), *lines]))
-    if isinstance(result, str):
-        write_log(result)
+    write_log(f"ended: {result}")
     return result
 
 
-async def until_signal(work: Coroutine) -> int:
-    """Do the work and return 0; or cancel it at the first signal, and return 128 + its number."""
-    cancel = asyncio.current_task().cancel
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) != signal.SIG_IGN:      # nohup wants to outlive its terminal
-            asyncio.get_running_loop().add_signal_handler(number, cancel, number)
-    try:
-        await work
-    except asyncio.CancelledError as stop:
-        number = (*stop.args, signal.SIGINT)[0]         # what cancel() was given
-        say(f"stopped by {signal.Signals(number).name}")
-        return 128 + number
-    return 0
+async def until_signal(work: Coroutine):
+    """Do the work. The first signal cancels it, and CancelledError holds the signal's number."""
+    for sig in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(sig) != signal.SIG_IGN:     # nohup wants to outlive its terminal
+            asyncio.get_running_loop().add_signal_handler(sig, asyncio.current_task().cancel, sig)
+    await work
 
 
 async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -1301,8 +1280,6 @@ async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
     if args.workers == 1 or args.launch:
         return [{}] * args.workers
     gpus = (await ask_prepare("--devices", answer=r"[\w/-]+(, ?[\w/-]+)*")).split(",")
-    if gpus != [""] and len(gpus) < args.workers:       # [""] without CUDA
-        say(f"WARNING: {args.workers} workers share {len(gpus)} GPUs, so runs slow each other down")
     cores = str(os.cpu_count() // args.workers or 1)
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], "OMP_NUM_THREADS": cores,
              "TORCHINDUCTOR_COMPILE_THREADS": cores} for i in range(args.workers)]
@@ -1310,14 +1287,14 @@ async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
 
 async def ask_prepare(*flags: str, answer: str = ".+") -> str:
     """Run prepare.py, which has torch and the data, and return its last line that is an answer."""
-    lines = []
+    lines = ["prepare.py ended without a word"]
     with process_group([sys.executable, "prepare.py", *flags], run_environment()) as process:
         async for line in lines_of(process):
             if text := line.decode("utf-8", "surrogateescape").rstrip():
                 lines.append(text)
                 say(text)
     if process.returncode:
-        raise Stop(lines[-1] if lines else "prepare.py ended without a word")
+        raise Stop(lines[-1])
     return next((line for line in reversed(lines) if re.fullmatch(answer, line)), "")
 
 
@@ -1334,7 +1311,7 @@ def lock_folder():
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--experiments", type=int, metavar="N", help="stop after N (default: go on; 0: summary)")
     add("--budget", type=float, metavar="SECONDS", help="training time of a run")
@@ -1346,19 +1323,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--launch", type=shlex.split, default=[], metavar="PREFIX", help="before a run's command")
     add("--data", metavar="NAME|PATH", help="python, stdlib, tinystories, c4[:SHARDS], or a path")
     add("--confirm", type=int, metavar="N", help="run baseline and incumbent N times each")
-    parser.error = lambda message: parser.exit(
-        2, f"autoresearch.py: {message}; --help shows the flags\n")
     args = parser.parse_args()
     least = {"experiments": 0, "budget": 0.1, "tokens": 1, "workers": 1, "confirm": 1}
     for flag, value in vars(args).items():
         if flag in least and value is not None and not least[flag] <= value < math.inf:
             parser.error(f"--{flag} has to be at least {least[flag]}")
-    configured = find_format(args.base_url)
-    args.researcher = args.researcher or ("llm" if configured else "search")
-    if args.researcher == "llm" and not configured:
+    if args.researcher == "llm" and not find_format(args.base_url):
         parser.error(f"--researcher llm needs {CONNECT}")
-    if args.data and not re.fullmatch(r"python|stdlib|tinystories|c4(:\d+)?", args.data):
-        args.data = str(Path(args.data).expanduser().resolve())     # as seen from where we start
+    args.researcher = args.researcher or ("llm" if find_format(args.base_url) else "search")
     return args
 
 
