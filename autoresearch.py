@@ -400,7 +400,7 @@ class Lab:
             try:
                 return runs.append(await run_command(
                     [*map(str, command)], exp.folder / f"run-{k}.log",
-                    run_environment(**self.args.env[gpu]), patience, tell))
+                    self.args.env[gpu], patience, tell))
             except Unusable as problem:
                 if problem.started:
                     raise
@@ -698,11 +698,11 @@ def told(exp: Experiment) -> str:
 LOG_LIMIT = 10_000_000  # bytes of output after which a run is ended; a usual one prints 10 kB
 START_LIMIT = 300       # seconds until a run on this machine has to say that it has started
 GRACE = 3               # seconds from SIGTERM to SIGKILL
-# The numbers in a report of prepare.py
+# The numbers that a report of prepare.py has to have.
 NEEDED = ["val_bpb", "test_bpb", "train_seconds", "total_seconds", "peak_memory_mb"]
 
 
-async def run_command(command: list[str], log: Path, environment: dict[str, str],
+async def run_command(command: list[str], log: Path, variables: dict[str, str],
                       patience: float, on_event: Callable) -> dict:
     """Run a command and return what prepare.py reported. Raises Unusable without a score.
 
@@ -713,7 +713,7 @@ async def run_command(command: list[str], log: Path, environment: dict[str, str]
     event, phase, cause = {}, "before it started", "ended without a report"
     printed = collections.deque([""], maxlen=30)    # the last lines
     with (open(log, "wb", buffering=0) as file,
-          process_group([*command, "--key", key], environment) as process):
+          process_group([*command, "--key", key], **variables) as process):
         async for line in lines_of(process):
             # No time passes while the driver stands still, as after Ctrl-Z.
             before, now = now, time.monotonic()
@@ -760,11 +760,17 @@ async def lines_of(process: subprocess.Popen) -> AsyncIterator[bytes]:
 
 
 @contextlib.contextmanager
-def process_group(command: list[str], environment: dict[str, str]) -> Iterator:
-    """Start a command; at the end of the block, end it and all that it has started."""
-    with subprocess.Popen(command, env=environment, bufsize=0, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          start_new_session=True) as process:
+def process_group(command: list[str], **variables: str) -> Iterator[subprocess.Popen]:
+    """Start a command; at the end of the block, end it and all that it has started.
+
+    Its environment is ours without anything that looks like a secret, and with the variables.
+    """
+    secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$|API_BASE|BASE_URL", re.I)
+    kept = {name: value for name, value in os.environ.items() if not secret.search(name)}
+    unbuffered = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    with subprocess.Popen(command, env=kept | unbuffered | variables, start_new_session=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, bufsize=0) as process:
         try:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(b"\n")      # hello: a run ends itself when this pipe closes
@@ -775,13 +781,6 @@ def process_group(command: list[str], environment: dict[str, str]) -> Iterator:
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, number)
                     process.wait(GRACE)
-
-
-def run_environment(**more: str) -> dict[str, str]:
-    """Return the environment for runs: ours without anything that looks like a secret."""
-    secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$|API_BASE|BASE_URL", re.I)
-    kept = {name: value for name, value in os.environ.items() if not secret.search(name)}
-    return kept | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"} | more
 
 
 # ---- 6  LLM: a client over raw HTTP, and one class for each wire format that it speaks ----------
@@ -1288,7 +1287,7 @@ async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
 async def ask_prepare(*flags: str, answer: str = ".+") -> str:
     """Run prepare.py, which has torch and the data, and return its last line that is an answer."""
     lines = ["prepare.py ended without a word"]
-    with process_group([sys.executable, "prepare.py", *flags], run_environment()) as process:
+    with process_group([sys.executable, "prepare.py", *flags]) as process:
         async for line in lines_of(process):
             if text := line.decode("utf-8", "surrogateescape").rstrip():
                 lines.append(text)
