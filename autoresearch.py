@@ -826,19 +826,18 @@ class LLM:
         chat = [{"role": "user", "content": "".join(prompt[1:])}]
         for n, text in enumerate(turns):
             chat.append({"role": "user" if n % 2 else "assistant", "content": text})
-        body = {"model": self.model} | self.format.body(prompt, chat)
-        return self.http(self.format.path, body, self.read)
+        path = self.format.path.format(model=self.model)
+        return self.http(path, self.format.body(self.model, prompt, chat), self.read)
 
     def read(self, data: dict) -> Answer:
         """Return the Answer in a response."""
-        content, reason = self.format.read(data)
+        content, reason, usage = self.format.read(data)
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(part.get("text") or "" for part in parts)    # a thought has none
         text = text.encode("utf-8", "replace").decode()     # no half character
         reason = str(reason or "stop").lower()
         ended = reason in ("stop", "end_turn", "stop_sequence", "eos", "eos_token")
-        usage = data.get("usage") or {}
-        got, *sent = [int(usage.get(name) or 0) for name in self.format.counts]
+        got, *sent = [int((usage or {}).get(name) or 0) for name in self.format.counts]
         return Answer(text, ended and bool(text.strip()), reason, sum(sent), got, data)
 
     def http(self, path: str, body: dict | None, read: Callable) -> object:
@@ -868,16 +867,17 @@ class OpenAI:
     urls = "OPENAI_BASE_URL", "OPENAI_API_BASE"
     keys = {"OPENAI_API_KEY": ("Authorization", "Bearer ")}     # variable: header, prefix
     headers = {}
-    counts = "completion_tokens", "prompt_tokens"   # of a reply, of a prompt
+    counts = "completion_tokens", "prompt_tokens"   # of a reply, and of what makes up a prompt
 
-    def body(self, prompt: list[str], chat: list[dict]) -> dict:
-        return {"messages": [{"role": "system", "content": prompt[0]}, *chat]}
+    def body(self, model: str, prompt: list[str], chat: list[dict]) -> dict:
+        return {"model": model, "messages": [{"role": "system", "content": prompt[0]}, *chat]}
 
     def read(self, data: dict) -> tuple:
+        """Return the text, or parts of it; why it ended; and a dict with the `counts`."""
         choice = data["choices"][0]
         message = choice["message"]
         text = message.get("content") or message.get("reasoning_content")
-        return text, choice.get("finish_reason")
+        return text, choice.get("finish_reason"), data.get("usage")
 
 
 class Anthropic:
@@ -893,15 +893,15 @@ class Anthropic:
     counts = ("output_tokens", "input_tokens",
               "cache_creation_input_tokens", "cache_read_input_tokens")
 
-    def body(self, prompt: list[str], chat: list[dict]) -> dict:
+    def body(self, model: str, prompt: list[str], chat: list[dict]) -> dict:
         parts = [{"type": "text", "text": text} for text in prompt[1:]]
         # All but the last part is cached.
         parts[-2]["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
         chat[0]["content"] = parts
-        return {"system": prompt[0], "messages": chat, "max_tokens": 32_000}
+        return {"model": model, "system": prompt[0], "messages": chat, "max_tokens": 32_000}
 
     def read(self, data: dict) -> tuple:
-        return data["content"], data.get("stop_reason")
+        return data["content"], data.get("stop_reason"), data.get("usage")
 
 
 # If keys of both are set, the first is asked. A --base-url of neither gets the last.
@@ -909,8 +909,8 @@ FORMATS = Anthropic(), OpenAI()
 CONNECT = ", ".join(name for form in FORMATS for name in form.keys) + " or --base-url"
 
 
-def find_format(base_url: str | None, model: str | None = None) -> OpenAI | Anthropic | None:
-    """Return the format that the flags and variables ask for, or None."""
+def find_format(base_url: str | None, model: str | None = None) -> object | None:
+    """Return the one of FORMATS that the flags and variables ask for, or None."""
     fits = [form for form in FORMATS if re.search(form.own, base_url or model or "")]
     if base_url:
         return (fits or FORMATS)[-1]
@@ -1316,7 +1316,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--budget", type=float, metavar="SECONDS", help="training time of a run")
     add("--researcher", choices=("llm", "search"), help="default: llm if one is configured")
     add("--model", help="the LLM's name")
-    add("--base-url", metavar="URL", help="of an OpenAI-compatible or Anthropic endpoint")
+    add("--base-url", metavar="URL", help="of the LLM's endpoint")
     add("--tokens", type=int, metavar="N", help="ask the LLM no more once N are used, in and out")
     add("--workers", type=int, default=1, metavar="N", help="experiments at a time (1)")
     add("--launch", type=shlex.split, default=[], metavar="PREFIX", help="before a run's command")
