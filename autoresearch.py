@@ -16,8 +16,8 @@ Incumbent     the best train.py so far; the file train.py always is the incumben
 Baseline      experiment 0: train.py as it was at the first start
 Researcher    who proposed an experiment: llm, search, human, or baseline
 Search        random moves of the numbers in train.py: the control, and a filler of idle time
-Noise         the standard deviation of val_bpb between seeds
-Accelerator   what a run trains on: a GPU or, without one, the CPU
+Noise         the standard deviation between seeds of val_bpb, the score (bits per byte)
+Accelerator   what a run trains on: a GPU, or the CPU; there are as many as --workers says
 Conditions    what has to stay the same if scores are compared: data, budget, device, ...
 """
 
@@ -64,7 +64,7 @@ BASELINE_RUNS = 3       # runs of the baseline, which give the first estimate of
 NOISE_PROGRAMS = 6      # the noise is pooled over this many of the newest programs that ran twice
 RECHECK = 8             # after this many discards in a row the incumbent runs once more
 CRASHES = 3             # after this many in a row the incumbent runs, to test the machine
-IDLE_SHARE = 0.2        # the search gets an accelerator that is idle for this share of the budget
+IDLE_SHARE = 0.2        # the search starts after an accelerator was idle for this part of a budget
 RETURNS = 2             # how often a proposal may go back to the LLM, with what was wrong
 HISTORY = 100           # the newest experiments that a prompt tells of; it tells of all keeps
 
@@ -79,16 +79,16 @@ class Experiment:
     why: str = ""               # why that should help, in the LLM's words
     source: str = ""            # the candidate train.py, once there is one
     fingerprint: str = ""       # a hash of its program, which comments do not change
-    code_lines: int = 0         # its lines without comments and blank lines
+    code_lines: int = 0         # its lines without comments, in a layout that is always the same
     base: int = 0               # the number of the incumbent that it changes
     runs: list[dict] = field(default_factory=list)  # prepare.py's report of each run with a score
     status: str = ""            # "keep", "discard" or "crash"; "" until it is judged
     reason: str = ""            # why it has this status
-    place: int = 0              # its verdict was the first, second, ...; 0: it has none
+    place: int = 0              # the number of its verdict, from 1; 0: it has none yet
     counted: int = 0            # the verdict rests on this many runs; the incumbent may get more
     commit: str = ""            # git's name of a kept change
     finished: str = ""          # when it was judged
-    fresh: dict[str, list[dict]] = field(default_factory=dict)  # of --confirm, by "#7 at 60 s"
+    fresh: dict[str, list[dict]] = field(default_factory=dict)  # --confirm: "#7 at 60 s" -> runs
     turns: list[str] = field(default_factory=list)  # the LLM's reply, our complaint, a reply, ...
     tries: int = 0              # runs that began; this numbers the logs and the seeds
     ended: int = 0              # runs that ended; in tries - ended of them the driver died
@@ -103,7 +103,7 @@ class Experiment:
 
     @property
     def scores(self) -> list[float]:
-        """Return the scores of the newest runs: the machine may have changed since the others."""
+        """Return the scores of the newest runs: the machine may have changed since older ones."""
         return [run["val_bpb"] for run in self.runs[-max(RUNS, BASELINE_RUNS):]]
 
     def save(self):
@@ -122,7 +122,7 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
 
     A candidate has to be better after each of RUNS runs. If its code is longer, it has to be
     better by a margin. The table shows the share of candidates that is kept if the true gain is
-    0, 1, 2 and 4 times the noise, against 3 runs (simulated; greedy: one run, any lower score):
+    0, 1, 2 and 4 times the noise and the incumbent has 3 runs (simulated; greedy: after one run):
 
         more code       10%  38%  74%  99%
         anything else   39%  77%  95% 100%
@@ -169,10 +169,10 @@ class Lab:
     # 2. A worker holds an accelerator only inside `async with self.accelerator(...)`, and asks the
     #    LLM only outside. So an endpoint that hangs holds up neither an accelerator nor the exit.
     # 3. A candidate is judged only against the incumbent that it changes. If another one was kept
-    #    meanwhile, it is built again on that, and its runs count only if its text stays the same,
-    #    as that of a person's edit does.
-    # 4. A keep is written in this order: a person's edit, train.py, the commit, experiment.json
-    #    with the status, the row. After a kill, the next start judges the saved runs again.
+    #    meanwhile, it is built again on that. If this changes its text, its runs no longer count;
+    #    a person's edit is a whole file, so they do.
+    # 4. A keep is written in this order: train.py (an edit in it is saved first), the commit,
+    #    experiment.json with the status, the row. After a kill, the saved runs are judged again.
 
     def __init__(self, args: argparse.Namespace):
         asks_llm = args.researcher == "llm" and not args.confirm and args.experiments != 0
@@ -191,7 +191,7 @@ class Lab:
         self.free: dict[int, float] = {}                # gpu -> since when it is free
         self.live: dict[int, str] = {}                  # gpu -> how far its run is
         self.program = ""                               # the last program.md that could be read
-        self.history = HISTORY                          # so many experiments fit into a prompt
+        self.history = HISTORY                          # how many experiments a prompt tells of
         self.tokens = 0                                 # in and out, in this start
         self.away = False                               # True while the LLM gives no answer
         self.pause = 0.0                                # seconds before the next request
@@ -209,7 +209,7 @@ class Lab:
     def take(self, by: str) -> Experiment | None:
         """Return an experiment that waits, or a new one. None: enough are in progress."""
         if self.left <= 0:
-            raise Finished      # outside of the try in research(), so it ends the others as well
+            raise Finished      # research() does not catch this one: it ends all workers
         self.save_edit()
         if [exp.by for exp in self.active].count(by) >= self.left:
             return None         # no more drafts at a time than experiments that are left
@@ -245,18 +245,18 @@ class Lab:
             f"next; {TRAIN} is the incumbent again")
 
     async def propose(self, exp: Experiment):
-        """Have the LLM write a reply that fits the incumbent. Others need no reply."""
+        """Have the LLM write a reply that fits. What others propose needs none."""
         if exp.by == "llm":
             while len(exp.turns) % 2 == 0:      # until its last turn is a reply
                 await self.ask(exp)
-            self.build(exp)     # finds a misfit before it takes an accelerator; built again there
+            self.build(exp)     # a misfit shows before an accelerator is taken
 
     async def ask(self, exp: Experiment):
         """Ask the LLM once. Its reply becomes a turn of exp, if one comes."""
         await asyncio.sleep(self.pause * random.uniform(1, 1.5))    # not all workers at once
         if not (llm := self.llm):
             raise Finished      # --tokens are used
-        prompt = make_prompt(self, exp)
+        prompt, shown = make_prompt(self, exp), self.incumbent.number
         write_whole(exp.folder / f"prompt-{exp.calls}.md", "".join(prompt))
         try:
             answer = await in_thread(llm.ask, prompt, exp.turns)
@@ -266,7 +266,7 @@ class Lab:
         write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
         write_whole(exp.folder / f"response-{exp.calls}.json", answer.raw)
         exp.turns.append(answer.text.strip() or "(nothing)")
-        exp.model, exp.calls = llm.model, exp.calls + 1
+        exp.base, exp.model, exp.calls = shown, llm.model, exp.calls + 1
         exp.input_tokens += answer.input_tokens
         exp.output_tokens += answer.output_tokens
         exp.save()
@@ -307,12 +307,12 @@ class Lab:
     def may_start(self, exp: Experiment) -> bool:
         if not self.free or exp.by != "search" or not self.llm:
             return bool(self.free)
-        # The search only fills in, whatever it is that keeps the LLM from using an accelerator.
+        # The search only fills in, for whatever reason the LLM leaves an accelerator idle.
         idle = time.monotonic() - min(self.free.values())
         return idle >= IDLE_SHARE * self.conditions["budget"]
 
     def build(self, exp: Experiment):
-        """Make exp a change of the present incumbent, unless it is one. Raises Unusable."""
+        """Make exp a change of the present incumbent, if it is not yet. Raises Unusable."""
         best = self.incumbent
         if exp.fingerprint and exp.base == best.number:
             return
@@ -321,9 +321,9 @@ class Lab:
         source = exp.source             # a person's file is used as it is
         if exp.by == "llm":
             exp.description, exp.why, blocks = read_reply(exp.turns[-1], best.source)
-            source = edited(best.source, blocks)
-            if source == exp.source:    # a whole file of the old incumbent would undo newer keeps
+            if exp.base != best.number and blocks[0][0] == best.source:     # it would undo a keep
                 raise Unusable("a whole file, but the incumbent has changed since you wrote it")
+            source = edited(best.source, blocks)
         if exp.by == "search":
             rng = random.Random(f"{exp.number} {best.fingerprint}")
             cuda = self.conditions.get("device") not in ("cpu", "mps")
@@ -357,7 +357,7 @@ class Lab:
 
     async def run(self, exp: Experiment, gpu: int):
         """Train exp once more. Raises Unusable if it crashes and the machine is not to blame."""
-        if self.discards >= RECHECK:    # a lucky seed or a fast hour must not block the night
+        if self.discards >= RECHECK:    # perhaps its score was luck, and blocks all others
             await self.run_incumbent(gpu, f"{RECHECK} discards in a row lost to it")
         try:
             await self.train(exp, gpu, exp.runs)
@@ -393,14 +393,15 @@ class Lab:
             exp.save()          # the run counts before it begins, since it may kill the driver
             command = [*self.args.launch, sys.executable, "prepare.py", "--run",
                        exp.folder / "train.py", "--seed", 1000 * exp.number + k + 1,
-                       "--folder", self.args.folder]
+                       "--folder", self.data_folder]
             if self.args.budget:        # else prepare.py has one
                 command += ["--budget", self.args.budget]
             tell = functools.partial(self.tell, exp, gpu)
             try:
-                return runs.append(await run_command(
+                runs.append(await run_command(
                     [*map(str, command)], exp.folder / f"run-{k}.log",
-                    self.args.env[gpu], patience, tell))
+                    self.variables[gpu], patience, tell))
+                return
             except Unusable as problem:
                 if problem.started:
                     raise
@@ -408,7 +409,7 @@ class Lab:
             finally:            # also if the run is cancelled
                 exp.ended += 1
                 exp.save()
-            say(f"#{exp.number} did not start: {reason}; it is tried again in {pause} s")
+            say(f"#{exp.number} did not start: {reason}")
             await asyncio.sleep(pause)
         raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {reason}")
 
@@ -463,7 +464,7 @@ class Lab:
 
     async def night(self):
         """Research until there is enough of it, something fails, or somebody stops it."""
-        if self.conditions:     # judge and budget are known before a run, which tells the rest
+        if self.conditions:     # these two can be compared now, the others when a run tells them
             self.check_conditions(self.conditions | {"budget": self.args.budget})
         self.recover()
         await self.get_ready()
@@ -492,23 +493,22 @@ class Lab:
 
     async def get_ready(self):
         """Find the data, the accelerators and the LLM, and say what is used."""
-        args = self.args
-        args.folder = Path(self.conditions.get("folder", "none"))
-        if args.data or not (args.folder / "meta.json").exists():
-            args.folder = Path(await ask_prepare("--data", args.data or ""))
-        args.env = await environments(args)
+        self.data_folder = Path(self.conditions.get("folder", "none"))
+        if self.args.data or not (self.data_folder / "meta.json").exists():
+            self.data_folder = Path(await ask_prepare("--data", self.args.data or ""))
+        self.variables = await environments(self.args)
         if self.llm:
             say(await in_thread(self.llm.greet))
-        elif not args.confirm:
+        elif not self.args.confirm:
             say(f"researcher  search; for an LLM set {CONNECT}")
-        say(f"data        {args.folder.name}")
+        say(f"data        {self.data_folder.name}")
         say(f"results     {len(self.judged)} rows in {LEDGER}, {PLOT}; after Ctrl-C, run it again")
 
     def check_conditions(self, event: dict):
         """Refuse a run whose score could not be compared with the baseline's."""
         event = event | {"judge": judge_version()}
         if not self.conditions:
-            self.conditions = event | {"folder": str(self.args.folder)}
+            self.conditions = event | {"folder": str(self.data_folder)}
             write_whole(CONDITIONS, self.conditions)
         for name in MUST_NOT_CHANGE:
             old, new = self.conditions.get(name), event.get(name)
@@ -523,7 +523,7 @@ class Lab:
             base = Experiment(0, "baseline", "baseline", source=source)
             base.fingerprint, base.code_lines = program_of(source)
         self.experiments[0] = base
-        say(f"baseline    {TRAIN} as it is (git checkout {TRAIN} gets git's), {BASELINE_RUNS} runs")
+        say(f"baseline    {TRAIN} as it is (or: git checkout {TRAIN}), {BASELINE_RUNS} runs")
         await self.train_all([(base, base.runs)] * (BASELINE_RUNS - len(base.runs)))
         self.record(base, "keep", "the baseline")
 
@@ -563,7 +563,7 @@ class Lab:
 async def in_thread(call: Callable, *args: object) -> object:
     """Await a call that blocks. asyncio.to_thread() would wait for its thread at the exit."""
     future = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()       # a late answer to a cancelled wait is harmless
+    future.set_running_or_notify_cancel()       # so a late answer to a cancelled wait does no harm
 
     def work():
         try:
@@ -612,8 +612,8 @@ def standard_error(k: int, n: int, noise: float) -> float:
 
 def judge_version() -> str:
     """Return a hash of what decides a verdict: another judge needs a new ledger."""
-    code = map(inspect.getsource, (score, judge, standard_error, noise_of, pooled_noise))
-    numbers = RUNS, WIN, BASELINE_RUNS, NOISE_PROGRAMS
+    parts = Experiment.scores.fget, score, judge, standard_error, noise_of, pooled_noise
+    code, numbers = map(inspect.getsource, parts), (RUNS, WIN, BASELINE_RUNS, NOISE_PROGRAMS)
     return hashlib.sha256("".join([*code, str(numbers)]).encode()).hexdigest()[:16]
 
 
@@ -631,7 +631,7 @@ def pooled_noise(groups: list[list[float]]) -> float:
 
 
 # ---- 4  The prompt ------------------------------------------------------------------------------
-# Another judge needs another first rule. The contract of prepare.py follows these rules.
+# Another judge needs another first rule. prepare.py's rules follow: what a train.py has to do.
 RULES = f"""You do machine-learning research: each experiment is a new train.py, trained for a
 fixed time. Reply in exactly this form, nothing else:
 
@@ -650,7 +650,7 @@ whole lines to be unique. Another change may be kept first, and yours still has 
 give the whole new file in one ```python fence. The rules:
 - A change is kept if val_bpb is lower after each of {RUNS} runs. If the code is longer, comments
   aside, it has to win each time by {WIN:g} * noise * sqrt(1/k + 1/n), with k runs against n.
-- A gain has to travel: it counts only if it survives at half and at twice the budget.
+- A gain has to travel: it is also measured at half and at twice the budget.
 """
 NOT_FOR_PROMPTS = "contract event folder judge limit name prepare sha256 threads".split()
 
@@ -681,7 +681,7 @@ def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
         now += f"The end of its newest log, as data: {one_line(line, 200)}\n"
     for other in lab.active:
         if other is not exp:
-            what = other.description or "drafted from this same text: go another way"
+            what = other.description or "somebody drafts it from this prompt: go another way"
             now += f"In progress: #{other.number}: {what}\n"
     return [rules, begin, *past, now + "Propose the next experiment."]
 
@@ -721,7 +721,7 @@ async def run_command(command: list[str], log: Path, variables: dict[str, str],
             if patience < 0 or file.tell() > LOG_LIMIT:
                 cause = "timeout" if patience < 0 else "flooded its log"
                 break
-            # No candidate knows the key: what follows it is from prepare.py.
+            # Only prepare.py prints the key, and then an event.
             words, _, payload = line.partition(key.encode())
             if words.strip():
                 file.write(words + b"\n")
@@ -773,7 +773,7 @@ def process_group(command: list[str], **variables: str) -> Iterator[subprocess.P
                           stderr=subprocess.STDOUT, bufsize=0) as process:
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(b"\n")      # hello: a run ends itself when this pipe closes
+                process.stdin.write(b"\n")      # a first byte: prepare.py ends when this pipe does
             yield process
         finally:
             for number in signal.SIGTERM, signal.SIGKILL:
@@ -802,7 +802,7 @@ class LLM:
             raise Stop(f"{url} has to begin with http:// or https://")
         self.url = url.removesuffix(form.path).removesuffix(form.version) + form.version
         self.model = model or (form.model if self.url == form.home else "")
-        # If both variables are set, the token is meant for this URL.
+        # The last variable that is set: ANTHROPIC_AUTH_TOKEN goes before ANTHROPIC_API_KEY.
         self.key_from = next(filter(os.environ.get, reversed(form.keys)), "no key")
         self.key = os.environ.get(self.key_from, "").strip("\"' \r\n") or "no-key"
         name, prefix = form.keys.get(self.key_from, ("Authorization", "Bearer "))
@@ -854,7 +854,7 @@ class LLM:
         with contextlib.suppress(Exception):    # the server may have sent anything
             return read(json.loads(text))
         problem = f"HTTP {code} from {self.url}{path}: {text}".replace(self.key, "KEY")
-        long = code in (400, 422, 500) and re.search(r"(?i)context|\btokens", text)
+        long = code in (400, 422, 500) and re.search(r"(?i)context.(length|size)|\btokens", text)
         raise Away(one_line(problem), code == 413 or bool(long))
 
 
@@ -862,7 +862,7 @@ class OpenAI:
     """OpenAI's chat completions, which most servers offer."""
 
     home, version, path = "https://api.openai.com/v1", "", "/chat/completions"
-    model = "gpt-5.5"           # by OpenAI's deprecations, 2026-11-25
+    model = "gpt-5.5"           # as of 2026-11-25
     own = r"^(gpt-\d|o\d)"      # models and URLs of this format alone
     urls = "OPENAI_BASE_URL", "OPENAI_API_BASE"
     keys = {"OPENAI_API_KEY": ("Authorization", "Bearer ")}     # variable: header, prefix
@@ -884,7 +884,7 @@ class Anthropic:
     """Anthropic's messages. A third format is one more class in FORMATS."""
 
     home, version, path = "https://api.anthropic.com/v1", "/v1", "/messages"
-    model = "claude-sonnet-5-5"     # by its migration guide, 2026-11-25
+    model = "claude-sonnet-5-5"     # as of 2026-11-25
     own = r"^claude|//api\.anthropic\.com|\w/anthropic(/|$)"
     urls = ["ANTHROPIC_BASE_URL"]
     keys = {"ANTHROPIC_API_KEY": ("x-api-key", ""),
@@ -904,7 +904,7 @@ class Anthropic:
         return data["content"], data.get("stop_reason"), data.get("usage")
 
 
-# If keys of both are set, the first is asked. A --base-url of neither gets the last.
+# If keys of both are set, the first is asked. An unknown --base-url speaks the last's format.
 FORMATS = Anthropic(), OpenAI()
 CONNECT = ", ".join(name for form in FORMATS for name in form.keys) + " or --base-url"
 
@@ -914,6 +914,7 @@ def find_format(base_url: str | None, model: str | None = None) -> object | None
     fits = [form for form in FORMATS if re.search(form.own, base_url or model or "")]
     if base_url:
         return (fits or FORMATS)[-1]
+    # What fits the model's name goes first, then what has a URL, then what has a key.
     ready = [form for form in FORMATS if any(map(os.environ.get, (*form.urls, *form.keys)))]
     with_url = [form for form in ready if any(map(os.environ.get, form.urls))]
     return next((form for form in fits + with_url + ready if form in ready), None)
@@ -928,7 +929,7 @@ WHOLE_FILE = re.compile(r"(?ms)^(import|from) [^\n]*prepare.*^def train\(")
 DESCRIPTION = re.compile(r"(?im)^[^a-z\n]*description[\s:*_`-]*(.+)")   # "**Description**: wider"
 CHOICE = re.compile(r"(?im)^[^a-z\n]*(description|or|option|alternative\w*)\b")     # "## Option B"
 COMMENT = re.compile(r"(?m)(?<=\S)[ \t]+(#.*)?$")   # "    # layers"
-# "# ... the rest of the file", "pass  # as before"
+# "# ... the rest of the file", "pass  # as before", but not "x[0, ...]"
 LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b(as (above|before|is|it was)|existing|no changes?|"
                       r"omitted|remain\w*|rest of|same as|unchanged|untouched)\b")
 
@@ -941,6 +942,7 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
 
 def read_reply(reply: str, source: str) -> tuple[str, str, list[tuple[str, str]]]:
     """Return (description, why, [(SEARCH, REPLACE), ...]). A whole file replaces the source."""
+    # A reply begins after "</think>" or, from gpt-oss, after "final<|message|>".
     text = re.split(rf"(?i)[<\[◁]/{TAG}|final<\|message\|>|assistantfinal", reply)[-1]
     text = re.split(rf"(?i)[<\[◁]{TAG}", text)[0]       # thoughts without an end
     text = "\n".join(line.rstrip() for line in text.replace("\xa0", " ").split("\n"))
@@ -985,8 +987,8 @@ def replaced(source: str, block: tuple[str, str]) -> str:
         search, replace = COMMENT.sub("", "\n".join(both[:n])), "\n".join(both[n:])
         places = [COMMENT.sub("", textwrap.dedent(place)) for place in places]
     if (fits := places.count(search)) != 1 or not search:
-        raise Unusable(f"SEARCH fits at {fits} places beside the other blocks:\n{block[0]}")
-    at = places.index(search)
+        raise Unusable(f"SEARCH fits at {fits} places, among the other blocks:\n{block[0]}")
+    at = places.index(search)       # where the code may be indented more than in SEARCH
     margin = re.match(r"\s*", lines[at])[0].removesuffix(re.match(r"\s*", search)[0])
     lines[at:at + n] = [textwrap.indent(replace, margin)]
     return "\n".join(lines)
@@ -1036,7 +1038,7 @@ def moved(value: float, factor: float) -> float:
         return value * 2 if factor > 1 else value // 2  # a power of two remains one
     if isinstance(value, int):
         return max(1, round(value * factor))
-    if value < 1:       # a share stays below 1: its odds are multiplied
+    if value < 1:       # a share p stays below 1: p / (1 - p) is multiplied
         factor /= 1 - value + value * factor
     return float(f"{value * factor:.4g}")
 
@@ -1057,7 +1059,7 @@ COLUMNS = ("commit val_bpb memory_gb status description experiment by runs test_
 
 
 def row_of(exp: Experiment) -> str:
-    """Return the row of results.tsv for a judged experiment; a crash has 0 for every number."""
+    """Return the row of results.tsv for a judged experiment; a crash has 0 for its results."""
     runs = exp.runs[:exp.counted]
     shown = [dict.fromkeys(NEEDED, 0)] if exp.status == "crash" else runs
     val, test, train, total, memory = ([run[name] for run in shown] for name in NEEDED)
@@ -1182,7 +1184,7 @@ def summary(judged: list, confirmed: dict, budget: float) -> list[str]:
 
 
 def progress_svg(judged: list, confirmed: dict, budget: float, *controls: list) -> str:
-    """Return the night as a picture, and other nights with it."""
+    """Return the night as a picture, and with it the nights to compare it with: controls."""
     lines = [*summary(judged, confirmed, budget), LEGEND]
     top = -LINE * len(lines) - 46
     tall = HEIGHT + 30 - top
@@ -1250,8 +1252,9 @@ def main() -> int | str:
         if args.experiments != 0:
             asyncio.run(until_signal(lab.night()))
     except (asyncio.CancelledError, KeyboardInterrupt) as stop:
-        result = 128 + (*stop.args, signal.SIGINT)[0]   # stop.args: what cancel() was given
-        say(f"stopped by {signal.Signals(result - 128).name}")
+        number = stop.args[0] if stop.args else signal.SIGINT   # until_signal() put it there
+        say(f"stopped by {signal.Signals(number).name}")
+        result = 128 + number
     except Stop as reason:
         result = f"autoresearch.py: {reason}"
     except Unusable as problem:         # the baseline has no train(), for example
