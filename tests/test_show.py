@@ -54,8 +54,9 @@ def test_a_night_without_a_gain_is_drawn_and_says_so(judged, noise, monkeypatch)
 def test_a_gain_is_as_selected_until_it_is_confirmed_for_this_incumbent(claims, monkeypatch):
     monkeypatch.setattr(ar, "pooled_noise", lambda groups: 0.006)
     for lines in ar.summary([BASELINE, KEPT], claims, 60), words([BASELINE, KEPT], claims):
-        assert lines[0] == "1.450 to 1.400 bits per byte"       # 0.006 √(1/3 + 1/2) is 0.0055
-        assert lines[1] == "gain at 60 s +0.0500 ± 0.0055, as selected (see --confirm)"
+        assert lines[0] == "1.450 to 1.400 bits per byte"
+        error = ar.standard_error(3, 2, 0.006)
+        assert lines[1] == f"gain at 60 s +0.0500 ± {error:.4f}, as selected (see --confirm)"
         assert not any("confirmed on" in line for line in lines)
 
 
