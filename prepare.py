@@ -1,7 +1,8 @@
 """The fixed part: it prepares the text, runs a train.py on the clock, and computes its score.
 
     python prepare.py                     # the last text; at first c4 or, without CUDA, python
-    python prepare.py --data python       # code of Python, torch and numpy; stdlib: of Python alone
+    python prepare.py --data python       # the code of Python, torch and numpy; no network
+    python prepare.py --data stdlib       # that of Python alone
     python prepare.py --data tinystories  # children's stories, 2.2 GB
     python prepare.py --data c4:8         # eight files (shards) of web text, 0.8 GB each
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
@@ -333,8 +334,7 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     stub = types.ModuleType("prepare")      # all that candidates find under either name
     sys.modules["prepare"] = sys.modules["__main__"] = stub
     stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
-    code = path.read_text(encoding="utf-8")
-    refuse_source(code)
+    refuse_source(code := path.read_text(encoding="utf-8"))
     candidate = sys.modules["candidate"] = types.ModuleType("candidate")
     candidate.__file__ = str(path)
     exec(compile(code, path, "exec"), vars(candidate))
