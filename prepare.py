@@ -113,7 +113,7 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
         else:                           # on CUDA only for the first step
             synchronize()
         now = seconds_now() - clock.start
-        # A step takes as long as the last one. On CUDA the newest is also still to be computed.
+        # A step takes as long as the last. On CUDA the newest is also still to be computed.
         if now + (now - clock.last) * (2 if CUDA else 1) >= clock.budget:
             break
         if clock.steps == 0 or int(now) > int(clock.last):      # once per second
@@ -155,7 +155,7 @@ class Invalid(Exception):
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: float = 0) -> dict:
     """Return {split: bits per byte}, or raise Invalid. `slack`: seconds that training left."""
-    if "torch._dynamo" in sys.modules:      # to compile for other shapes would take a minute
+    if "torch._dynamo" in sys.modules:      # compiling for other shapes takes a minute
         torch.compiler.set_stance("force_eager")
     rng = np.random.default_rng()       # no candidate knows its seed
     windows = min(EVAL_WINDOWS, *((len(tokens) - 1) // SEQ_LEN for tokens in splits.values()))
@@ -203,10 +203,10 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.
     if not plain or logits.shape != (*x.shape, VOCAB_SIZE):
         got = f"{type(logits).__name__} {getattr(logits, 'shape', '')}"
         raise Invalid(f"not a plain tensor of floating-point logits, but {got}")
-    logits = torch.Tensor.detach(logits)    # without the attributes that a candidate has set
+    logits = torch.Tensor.detach(logits)    # without attributes that a candidate set
     targets = torch.from_numpy(y).flatten().to(DEVICE)
     nats = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none").cpu()
-    if not nats.isfinite().all():       # a logit of -inf is fine for a token that never comes
+    if not nats.isfinite().all():       # -inf is fine for a token that never comes
         raise Invalid("logits that are not finite as float32")
     return nats.numpy().reshape(y.shape)
 
@@ -287,7 +287,7 @@ CONTRACT = f"""- The score, val_bpb, is the bits per byte of validation text: lo
 def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
     """Measure a train.py and return the exit code: 0 only after a report."""
     out = os.fdopen(os.dup(1), "w", buffering=1)    # a candidate can replace sys.stdout, not this
-    encode = json.JSONEncoder().encode              # not json.dumps, whose encoder it can reach
+    encode = json.JSONEncoder().encode              # not json.dumps: it can reach its encoder
     # An event is a line for the driver. It begins with a key that no candidate knows. An event
     # with a limit begins a phase: the next has to begin within so many wall-clock seconds.
     def tell(event: str, **values):
@@ -297,7 +297,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         threading.Thread(target=end_with_driver, args=[os.dup(0)], daemon=True).start()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() sees an empty file
     meta = json.loads((folder / "meta.json").read_text())
-    # The driver never compares runs whose conditions differ, and it shows them to the LLM.
+    # The driver never compares runs whose conditions differ. It shows them to the LLM.
     conditions = meta | {
         "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
         "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
@@ -452,7 +452,7 @@ def resolve(node: ast.AST, path: str) -> Iterator[tuple[ast.AST, str]]:
         yield node, f"path {place}"
         try:
             value = getattr(value, name, None) or importlib.import_module(place)
-        except ImportError:         # no such module: the candidate may catch this
+        except ImportError:         # the candidate may catch this
             return
         if not isinstance(value, types.ModuleType):
             return
@@ -622,7 +622,7 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
         for text in reader(file):
             if len(text.strip()) < SHORTEST or hash(text) in seen:
                 continue
-            seen.add(hash(text))    # all that stays in memory: 100 bytes per document
+            seen.add(hash(text))    # in memory: 100 bytes per document
             if not whole or split is None:
                 # The split that lacks most gets it: val and test come from all over the text.
                 split = min(SPLITS, key=lambda s: size[s] / shares[s])
