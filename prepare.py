@@ -1,7 +1,8 @@
 """The fixed part: it prepares the text, runs a train.py on the clock, and computes its score.
 
-    python prepare.py                     # the text of last time; at first c4 (CUDA) or python
-    python prepare.py --data python       # the source code of Python, torch and numpy; no network
+    python prepare.py                     # the last text; at first c4 or, without CUDA, python
+    python prepare.py --data python       # the code of Python, torch and numpy; no network
+    python prepare.py --data stdlib       # that of Python alone
     python prepare.py --data tinystories  # children's stories, 2.2 GB
     python prepare.py --data c4:8         # eight files (shards) of web text, 0.8 GB each
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
@@ -34,10 +35,10 @@ import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from time import monotonic, sleep, thread_time  # names that no candidate can replace
+from time import monotonic, sleep, thread_time  # a patch of `time` misses these
 
 BEGAN = monotonic()     # before torch is imported, which takes seconds
-# Torch's waiting threads shall sleep: on a busy machine, spinning ones made it 15 times slower.
+# Waiting threads of torch shall sleep: on a busy machine, spinning was 15 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -46,20 +47,21 @@ import torch
 from torch.nn.functional import cross_entropy
 
 # ---- 1  Scale: most constants have one value for CUDA, and one for all else ----------------------
+# CUDA_VISIBLE_DEVICES=-1 hides all GPUs, also that of a Mac (MPS).
 MPS = torch.backends.mps.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "-1"
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if MPS else "cpu"
 CUDA = DEVICE == "cuda"
 SEQ_LEN = 2048 if CUDA else 256        # tokens in a window, which is a stretch of the text
 VOCAB_SIZE = 8192 if CUDA else 2048    # different tokens: 256 bytes, merges of them, and END
-BUDGET = 300 if CUDA else 60           # seconds of training in a run, on the clock of section 2
+BUDGET = 300 if CUDA else 60           # seconds of training, on the clock of section 2
 DEFAULT_DATA = "c4" if CUDA else "python"
 EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
 EVAL_WINDOWS = 512 if CUDA else 256     # windows of val, and of test, at most
 MIN_WINDOWS = 64           # windows that each of val and test needs at least
-# After its last batch, train() may go on for OVERTIME * budget seconds, or for ONE_STEP if longer.
-OVERTIME = 0.02            # training on in this time gains 0.002 bits per byte
-ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0
-HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that evaluation may lose by slow calls
+# After the budget, train() may take OVERTIME * budget seconds, or ONE_STEP if that is more.
+OVERTIME = 0.02            # more training in this time would gain 0.002 bits per byte
+ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0  # seconds: a last step may end so late
+HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that slow calls may add to evaluation
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds from the start of a run to its first batch
 EVAL_LIMIT = 300           # wall-clock seconds of evaluation
 END = VOCAB_SIZE - 1       # the token that ends a document; it stands for no bytes
@@ -74,7 +76,7 @@ synchronize = torch.cpu.synchronize if DEVICE == "cpu" else torch.accelerator.sy
 
 
 class Clock:
-    """The budget of a run, and how much of it the run has used."""
+    """The budget of a run, and how much of it is used. tell() is explained in one_run()."""
 
     def __init__(self, tokens: np.ndarray, seed: int, budget: float, tell: Callable):
         self.tokens, self.budget, self.tell = tokens, budget, tell
@@ -82,37 +84,36 @@ class Clock:
         self.start = None                           # seconds_now() at the first batch
         self.last = 0.0                             # seconds from then to the newest batch
         self.steps = self.seen = 0                  # batches and tokens handed out
-        self.done = torch.cuda.Event() if CUDA else None    # passed when the GPU has done a step
+        self.done = torch.cuda.Event() if CUDA else None    # marks the end of a GPU step
 
 
 def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
     """Yield (x, y, progress) until the budget is spent.
 
-    x and y are int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t]. progress
-    is the share of the budget that is spent, in [0, 1). measure() makes a new `_clock` for a run.
+    x and y are int64 (batch_size, seq_len) on DEVICE; y[i, t] is the token after x[i, t].
+    progress is the spent share of the budget, in [0, 1). measure() makes the `_clock` of a run.
     """
     clock, windows = _clock, _windows(_clock.tokens, seq_len, _clock.rng)
     if not 0 < seq_len < len(clock.tokens) // 2:
         raise ValueError(f"seq_len {seq_len}: there are {len(clock.tokens)} tokens to train on")
     while True:
-        if threading.current_thread() is not threading.main_thread():       # whose time counts
+        if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("batches() belongs to the thread that calls train()")
-        if clock.start is None:         # so that making the first batch counts, too
+        if clock.start is None:         # time counts from here on
             synchronize()
-            most = 4 if DEVICE == "cpu" else 1 + OVERTIME       # a CPU thread has to wait at times
-            clock.tell("training", limit=most * clock.budget + 10)
+            slow = 4 if DEVICE == "cpu" else 1 + OVERTIME       # a CPU shared with others is slow
+            clock.tell("training", limit=slow * clock.budget + 10)
             clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
         batch = torch.from_numpy(np.stack([*itertools.islice(windows, batch_size)])).long()
         batch = (batch.pin_memory() if CUDA else batch).to(DEVICE, non_blocking=True)
         # A GPU computes the newest step while the CPU prepares the next one, so neither is idle.
-        # The CPU waits for the step before the newest: `done` was put behind it one call ago.
-        if CUDA and clock.steps > 1:
-            clock.done.synchronize()
-            clock.done.record()
-        elif clock.steps:
+        if CUDA and clock.steps != 1:
+            clock.done.synchronize()    # waits for the step before the newest
+            clock.done.record()         # lets the next call wait for the newest
+        else:                           # on CUDA only for the first step
             synchronize()
         now = seconds_now() - clock.start
-        # A step takes as long as the last one. On CUDA the newest is also still to be computed.
+        # A step takes as long as the last. On CUDA the newest is also still to be computed.
         if now + (now - clock.last) * (2 if CUDA else 1) >= clock.budget:
             break
         if clock.steps == 0 or int(now) > int(clock.last):      # once per second
@@ -125,9 +126,9 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
 
 
 def _windows(tokens: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield windows of length + 1 tokens forever. Each epoch cuts the text at other places."""
-    # Wherever a run ends, it shall have seen all parts of the text alike. So five windows come in
-    # the order 0, 2, 4, 1, 3. In random order, scores scatter by 0.006 bits per byte, not 0.0025.
+    """Yield windows of length + 1 tokens forever. Each epoch cuts the text elsewhere."""
+    # Wherever a run ends, it shall have seen all parts of the text alike: five windows come in the
+    # order 0, 2, 4, 1, 3. In random order, scores scatter by 0.006 bits per byte, not 0.0025.
     golden_ratio = (1 + 5 ** 0.5) / 2       # its multiples, modulo 1, are spread most evenly
     while True:
         offset = rng.integers(length)
@@ -153,10 +154,10 @@ class Invalid(Exception):
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: float = 0) -> dict:
-    """Return {split: bits per byte}, or raise Invalid. `slack`: the seconds that training left."""
-    if "torch._dynamo" in sys.modules:      # to compile for other shapes would take a minute
+    """Return {split: bits per byte}, or raise Invalid. `slack`: seconds that training left."""
+    if "torch._dynamo" in sys.modules:      # compiling for other shapes takes a minute
         torch.compiler.set_stance("force_eager")
-    rng = np.random.default_rng()       # the system chooses its seed, so no candidate knows it
+    rng = np.random.default_rng()       # no candidate knows its seed
     windows = min(EVAL_WINDOWS, *((len(tokens) - 1) // SEQ_LEN for tokens in splits.values()))
     windows -= windows % EVAL_ROWS
     chosen = [tokens[(len(tokens) - 1) // windows * i:][:SEQ_LEN + 1]   # from all over the text
@@ -165,11 +166,11 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     x, y = chosen[..., :-1], chosen[..., 1:]
     cuts = choose_cuts(*x.shape, rng)
     moments = [seconds_now()]           # and then one more after each call
-    # Some models convert their weights in their first call. So it has random tokens and no score.
+    # Some models convert weights in the first call. So that has random tokens and no score.
     token_nats(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0], rng)
-    # Each batch is asked twice: for its score, and as a probe, with other tokens after its cuts.
+    # The model gets each batch twice: for its score, and as a probe: see choose_cuts().
     try:
-        models = model, copy.deepcopy(model)    # the copy does not see what the model is asked
+        models = model, copy.deepcopy(model)    # the copy does not see the model's calls
     except Exception:                           # some models cannot be copied
         models = model, model
     moments.append(seconds_now())
@@ -177,9 +178,9 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     # The order is random, so that a model cannot tell a score (probe = 0) from a probe (1).
     for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
         tokens, rows = x[i], rng.permutation(EVAL_ROWS)
-        if probe:       # see the drawing in choose_cuts()
-            other = rng.permutation(x[i - rng.integers(1, len(x))])
-            tokens = np.where(np.arange(SEQ_LEN) < cuts[i, :, None], tokens, other)
+        if probe:
+            other = x[i - rng.integers(1, len(x))]      # any other batch: x[-1] is the last
+            tokens = np.where(np.arange(SEQ_LEN) < cuts[i, :, None], tokens, rng.permutation(other))
         nats[probe, i, rows] = token_nats(models[probe], tokens[rows], y[i, rows], rng)
         turns[probe, i] = len(moments)
         moments.append(seconds_now())
@@ -194,7 +195,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
 
 def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.ndarray:
     """Return -ln p(y[i, t]) given x[i, :t+1]: two int64 (B, T) -> float32 (B, T)."""
-    torch.manual_seed(int(rng.integers(2 ** 63)))   # or a model could count calls by torch's state
+    torch.manual_seed(int(rng.integers(2 ** 63)))   # else its state tells of earlier calls
     # Only this line calls the candidate's model. The model may write into its copy of x.
     logits = model(torch.from_numpy(x).to(DEVICE, copy=True))
     refuse_patches()
@@ -202,11 +203,11 @@ def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.
     if not plain or logits.shape != (*x.shape, VOCAB_SIZE):
         got = f"{type(logits).__name__} {getattr(logits, 'shape', '')}"
         raise Invalid(f"not a plain tensor of floating-point logits, but {got}")
-    logits = torch.Tensor.detach(logits)    # without the attributes that a candidate has set
+    logits = torch.Tensor.detach(logits)    # without attributes that a candidate set
     targets = torch.from_numpy(y).flatten().to(DEVICE)
     nats = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none").cpu()
-    if not nats.isfinite().all():       # a logit of -inf is fine for a token that never comes
-        raise Invalid("logits that are not finite, or not so as float32")
+    if not nats.isfinite().all():       # -inf is fine for a token that never comes
+        raise Invalid("logits that are not finite as float32")
     return nats.numpy().reshape(y.shape)
 
 
@@ -221,8 +222,9 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
     The first 3 predictions, of "cat", "sat" and "on", come from the same tokens in both, so they
     have to be the same. The rows also change places: each has other neighbours in a probe.
     """
-    # Half of the rows are cut anywhere, half at the end of a chunk of 2, 4, 8, ... tokens: a model
-    # that computes in chunks leaks there. One stays whole: it shows other rows and earlier calls.
+    # Half of the rows are cut at the end of a chunk of 2, 4, 8, ... tokens: a model that computes
+    # in chunks leaks there. Half are cut anywhere: resize() repeats all places, in random order.
+    # One row stays whole, to show leaks from other rows and from earlier calls.
     chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
     cuts = chunk * rng.integers(1, length // chunk)
     cuts[:, 1::2] = np.resize(1 + rng.permutation(length - 1), (probes, rows // 2))
@@ -230,35 +232,35 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
     return rng.permuted(cuts, axis=1)
 
 
-# Rounding changes predictions, too: in bf16 by 0.01 nats, and a few by 1. But it makes as many
-# better as worse, everywhere alike. A leak makes them worse, above all those before a cut. Example:
-# if chunks of 64 tokens end one token late, these lose 0.06 nats, and all on average 0.0004.
-BIAS = 0.002        # nats: how far from 0 a mean may be. That is 0.001 bpb; seeds differ by more
-SIGMAS = 6          # standard errors on top of it: rounding gets there in one of 10^8 runs
-SPREAD = 0.02       # nats: the largest allowed mean of |change|; rounding to bf16 reaches half
-LARGEST = 1.0       # nats that a prediction counts at most in a mean: a few that flip are no leak
-GATHERED = 4        # of the 16 predictions that lose most, so many may stand before a cut
+# Rounding changes predictions, too, in bf16 by 0.01 nats. But it makes as many better as worse. A
+# leak reads later tokens, which are false in a probe. So predictions get worse, most of all just
+# before a cut: if every 64th sees one token ahead, by 0.06 nats there and 0.0004 on average.
+BIAS = 0.002        # nats: how far from 0 a mean may be; seeds differ by more
+SIGMAS = 6          # standard errors on top of it: rounding exceeds that in one of 10^8 runs
+SPREAD = 0.02       # nats: limit for the size of a typical change; bf16 reaches half
+LARGEST = 1.0       # nats: larger changes count as this much; rounding makes a few
+GATHERED = 4        # of the 16 largest losses, so many may stand just before a cut
 
 
 def refuse_leaks(change: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
-    """Raise Invalid if probes change predictions, by nats (P, B, T), more than rounding does."""
+    """Raise Invalid if probes change predictions more than rounding. change: nats, (P, B, T)."""
     to_cut = cuts[..., None] - np.arange(change.shape[-1])
-    kept = to_cut > 0               # the predictions that come from tokens before the cut alone
+    kept = to_cut > 0               # the predictions from tokens before the cut alone
+    change, last = change[kept], to_cut[kept] == 1      # last: those just before a cut
     small = change.clip(-LARGEST, LARGEST)
-    before, at_cut = small[kept], small[to_cut == 1]
     # A model that learns from its calls does better in the later one of the two.
-    learned = (small * np.where(probed_later, 1, -1)[:, None, None])[kept]
-    sigma = np.sqrt(np.square(before).mean())
+    learned = np.where(probed_later[kept.nonzero()[0]], small, -small)
+    sigma = np.sqrt(np.square(small).mean())
     unbiased = all(np.abs(some.mean()) <= BIAS + SIGMAS * sigma / len(some) ** 0.5
-                   for some in (before, at_cut, learned))
-    spread = max(np.abs(before).mean(), np.median(np.abs(at_cut)))
-    # A rare leak hardly changes a mean, but then the predictions that lose most are before cuts.
-    largest = np.argsort(-change[kept])[:16]
-    gathered = ((to_cut[kept] == 1) & (change[kept] > SPREAD))[largest].sum()
+                   for some in (small, small[last], learned))
+    spread = max(np.abs(small).mean(), np.median(np.abs(small[last])))
+    # A rare leak hardly changes a mean, but the predictions that lose most are just before cuts.
+    largest = np.argsort(-change)[:16]
+    gathered = (last & (change > SPREAD))[largest].sum()
     if not (unbiased and spread <= SPREAD and gathered <= GATHERED):        # a NaN is refused, too
         raise Invalid(f"leak: later tokens, other rows or earlier calls change predictions, by "
-                      f"{at_cut.mean():+.4f} nats just before them, {before.mean():+.4f} in all, "
-                      f"{spread:.4f} in size, {learned.mean():+.4f} from call to call")
+                      f"{small[last].mean():+.4f} nats just before them, {small.mean():+.4f} "
+                      f"in all, {spread:.4f} in size, {learned.mean():+.4f} from call to call")
 
 
 # ---- 4  One run: a fresh process, whose main is this file and never the candidate ----------------
@@ -274,22 +276,20 @@ CONTRACT = f"""- The score, val_bpb, is the bits per byte of validation text: lo
 - `train()` returns a torch.nn.Module with model(tokens) -> logits, int64 (B, T) -> float
   (B, T, VOCAB_SIZE), for evaluation at T = SEQ_LEN. Logits at t may depend on tokens[:t+1] of
   their own row alone, and on nothing of earlier calls: probes check it.
-- `for x, y, progress in prepare.batches(...)` is the only training data and clock: from the first
-  batch until the budget ends the loop; progress is in [0, 1). An epoch has every window once, from
-  all over the text; another call begins a new one, on the same clock. A step is a batch.
-- Before the loop, compiling and warming up are free, for {SETUP_LIMIT} seconds at most. After it,
-  a share of {OVERTIME} of the budget is left, to average weights, say. Evaluation may take
-  {EVAL_LIMIT} seconds, and no work may be put off until then. No function of torch, numpy or
-  Python's library that prepare.py uses may be replaced."""
+- `for x, y, progress in prepare.batches(...)` is the only training data and clock. The clock
+  starts with the first batch and ends the loop at the budget; progress is in [0, 1). An epoch has
+  every window once; another call begins a new one, on the same clock. A step is a batch.
+- Before the loop, compiling and warming up are free for {SETUP_LIMIT} seconds. After it, a share
+  of {OVERTIME} is left, to average weights, say. Evaluation may take {EVAL_LIMIT} seconds, and no
+  work may be put off until then. Functions that prepare.py uses must not be replaced."""
 
 
 def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
     """Measure a train.py and return the exit code: 0 only after a report."""
     out = os.fdopen(os.dup(1), "w", buffering=1)    # a candidate can replace sys.stdout, not this
-    encode = json.JSONEncoder().encode              # not json.dumps, whose encoder it can reach
-    # Events for the driver are setup, training, progress, evaluation, then report or crash. They
-    # stand in lines that begin with its key, which no candidate knows. An event with a limit begins
-    # a phase; the next phase has to begin within so many wall-clock seconds.
+    encode = json.JSONEncoder().encode              # not json.dumps: it can reach its encoder
+    # An event is a line for the driver. It begins with a key that no candidate knows. An event
+    # with a limit begins a phase: the next has to begin within so many wall-clock seconds.
     def tell(event: str, **values):
         if key:
             out.write(f"\n{key} {encode({'event': event, **values})}\n")
@@ -297,7 +297,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         threading.Thread(target=end_with_driver, args=[os.dup(0)], daemon=True).start()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() sees an empty file
     meta = json.loads((folder / "meta.json").read_text())
-    # The driver never compares runs whose conditions differ, and it shows them to the LLM.
+    # The driver never compares runs whose conditions differ. It shows them to the LLM.
     conditions = meta | {
         "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
         "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
@@ -315,7 +315,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         return 0
     except Invalid as error:
         reason = str(error)
-    except BaseException as error:      # even the SystemExit of a candidate's sys.exit()
+    except BaseException as error:      # even a candidate's sys.exit()
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"[:2000]
     tell("crash", reason=reason)
@@ -325,23 +325,23 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
 
 def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> dict:
     """Train the train.py at `path` once, and return the report. Raises what train() raises."""
-    global _clock       # the one that batches() goes by
+    global _clock
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
     lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths
     clock = _clock = Clock(data.pop("train"), seed, budget, tell)
     for set_seed in torch.manual_seed, np.random.seed, random.seed:
         set_seed(seed)
-    stub = sys.modules["prepare"] = sys.modules["__main__"] = types.ModuleType("prepare")
+    stub = types.ModuleType("prepare")      # all that candidates find under either name
+    sys.modules["prepare"] = sys.modules["__main__"] = stub
     stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
-    code = path.read_text(encoding="utf-8")
-    refuse_source(code)
+    refuse_source(code := path.read_text(encoding="utf-8"))
     candidate = sys.modules["candidate"] = types.ModuleType("candidate")
     candidate.__file__ = str(path)
     exec(compile(code, path, "exec"), vars(candidate))
     model = candidate.train()
     if not isinstance(model, torch.nn.Module):
         raise Invalid(f"train() returned {type(model).__name__}, not a torch.nn.Module")
-    model.eval()        # a model can put work into this, so the clock is read after it
+    model.eval()        # this may do work, so the clock is read after it
     synchronize()
     if clock.start is None:
         raise Invalid("train() returned without drawing a batch from prepare.batches()")
@@ -350,9 +350,9 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     if slack < 0:
         raise Invalid(f"overtime: train() took {train_seconds:.1f} s of a budget of {budget:g} s")
     refuse_patches()
-    clock.budget = 0.0      # from here on, batches() yields nothing
+    clock.budget = 0.0      # batches() yields nothing more
     tell("evaluation", limit=EVAL_LIMIT)
-    unit = 1 if sys.platform == "darwin" else 1024      # bytes
+    unit = 1 if sys.platform == "darwin" else 1024
     memory = (torch.cuda.max_memory_allocated() if CUDA else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     num_params = sum(p.numel() for p in torch.nn.Module.parameters(model))
@@ -368,7 +368,7 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
 
 def end_with_driver(pipe: int):
     """End this process and its children when the driver, which holds `pipe` open, ends."""
-    if os.read(pipe, 1):            # a driver writes one byte; without it, there is no driver
+    if os.read(pipe, 1):            # only a driver writes this byte
         open(pipe, "rb").read()     # this returns when the driver has ended
         os.kill(0, signal.SIGKILL)  # 0 means this process group
         os._exit(1)                 # kill() spares the first process of a container
@@ -377,29 +377,30 @@ def end_with_driver(pipe: int):
 # The guard stops sloppy and score-gaming candidates, not malware. refuse_source() reads them first.
 # After train() and each call of the model, refuse_patches() looks for functions that changed.
 DUNDERS = """add|call|class|constants|doc|enter|exit|file|future|getitem|init|iter|len|main|name|
-    new|next|post_init|repr|setitem|slots|str|version"""    # harmless ones
+    new|next|post_init|repr|setitem|slots|str|version"""
+# PARTS of numpy and torch are closed, except what is OPEN. MEMBERS are closed in all modules.
+PARTS = r"""_\w+|ao|classes|core|ctypeslib|distributed|export|f2py|fx|hub|jit|lib|library|monitor|
+    multiprocessing|onnx|overrides|package|profiler|rec|serialization|storage|testing|utils"""
+OPEN = """lib.stride_tricks|_dynamo.(config|disable|reset)|_inductor.config|jit.script|
+    library.custom_op|utils.checkpoint"""
+MEMBERS = r"""load\w*|save(z\w*|txt)?|memmap|from(file|regex)|genfromtxt|seed\w*|set_?state|
+    default_rng|Random(State)?|Torch\w+Mode|attrgetter|methodcaller|make_dataclass|update_wrapper"""
+CLOSED = "this is closed, as are files, processes and seeds: leave it out"
 REFUSED = [     # (pattern, reason): nothing that uses() yields may match a pattern
     (r"^Name (open|exec|eval|compile|globals|locals|vars)$", "no files, no text that runs as code"),
     (r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b",
      "the driver sets the seed and the threads: leave it out"),
-    (r"\b(get|has|set|del)attr$",
-     'no attributes by computed names: write x.name, getattr(x, "name", 0) or x.name = value'),
+    (r"\b(get|has|set|del)attr$", 'no computed names: write x.name = y or getattr(x, "name", 0)'),
     (r"^Attribute format(_map)?$", "no format(), which reads attributes: use f-strings"),
-    (rf"""(?x) __(?! ({DUNDERS}) __)[a-z]\w*?__ | \b(from_file | tofile | dump | [acgt]\w_frame
-        | f_(back | builtins | globals | locals))\b""", "no files, no way into the interpreter"),
+    (rf"(?x)__(?!({DUNDERS})__)[a-z]\w*?__", "no way into the interpreter"),
+    (r"\b((ag|cr|gi|tb)_frame|f_(back|builtins|globals|locals))\b", "no way into the interpreter"),
+    (r"\b(from_file|tofile|dump)\b", "no files"),
     (r"^module ", "a module stands only before a dot, as in torch.nn.Linear"),
-    (rf"""(?x) ^path\ (?: (?! ({"|".join(MODULES)}) \b) .* | .*\*      # other modules; import *
-    | (?! numpy\.lib\.stride_tricks | torch\.(_dynamo\.(config | disable | reset)  # these are open
-          | _inductor\.config | jit\.script | library\.custom_op | utils\.checkpoint)\b)
-      (numpy | torch)\.(_\w+ | ao | classes | core | ctypeslib | distributed | export | f2py | fx
-          | hub | jit | lib | library | monitor | multiprocessing | onnx | overrides | package
-          | profiler | rec | serialization | storage | testing | utils)\.\w.*
-    | .*\.(load\w* | save(z\w* | txt)? | memmap | from(file|regex) | genfromtxt | seed\w*
-          | set_?state | default_rng | Random(State)? | Torch\w+Mode | attrgetter | methodcaller
-          | make_dataclass | update_wrapper)
-    | (numpy\.random | torch)\.Generator | numpy\.random\.[A-Z]+\d+\w*       # PCG64, MT19937
-    | (gc | typing)\.get_\w+ | gc\.callbacks | string\.Formatter)$""",
-     "this is closed, as are files, processes and seeds: leave it out")]
+    (rf"^path (?!({'|'.join(MODULES)})\b)|^path .*\*$", CLOSED),     # other modules, import *
+    (rf"(?x)^path\ (numpy|torch)\.(?!({OPEN})\b)({PARTS})\.\w", CLOSED),
+    (rf"(?x)^path\ .*\.({MEMBERS})$", CLOSED),
+    (r"^path (numpy\.random|torch)\.Generator$|^path numpy\.random\.[A-Z]+\d", CLOSED),
+    (r"^path (gc\.(get_|callbacks)|typing\.get_|string\.Formatter$)", CLOSED)]
 
 
 def refuse_source(code: str):
@@ -409,9 +410,9 @@ def refuse_source(code: str):
         match node:
             case ast.Expr(ast.Constant(str())):             # a docstring
                 node.value.value = None
-            case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):    # as x.name
+            case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):    # x.name
                 node.func, node.args = ast.Attribute(x, name, lineno=node.lineno), rest
-            case ast.Call(ast.Name("hasattr"), [x, *rest]):     # as x.__doc__: no value
+            case ast.Call(ast.Name("hasattr"), [x, *rest]):     # harmless, like x.__doc__
                 node.func, node.args = ast.Attribute(x, "__doc__", lineno=node.lineno), rest
     for node, use in uses(list(ast.walk(tree))):
         for pattern, why in REFUSED:
@@ -430,13 +431,13 @@ def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                # The name may be a module, which has to stand before a dot.
+                # Unlike a use, an import may end at a module: .__name__ hides that.
                 yield from resolve(node, f"{parent}{alias.name}.__name__")
                 name = alias.asname or alias.name.partition(".")[0]
                 imported[name].add(parent + (alias.name if alias.asname else name))
     parts = {node.value for node in nodes if isinstance(node, ast.Attribute)}
     for node in nodes:
-        match node:     # a whole path, as torch.nn.Linear, and not the torch.nn in it
+        match node:     # whole paths: torch.nn.Linear, but not the torch.nn in it
             case ast.Attribute() | ast.Name(ctx=ast.Load()) if node not in parts:
                 name, dot, rest = ast.unparse(node).partition(".")
                 for path in imported[name]:
@@ -451,7 +452,7 @@ def resolve(node: ast.AST, path: str) -> Iterator[tuple[ast.AST, str]]:
         yield node, f"path {place}"
         try:
             value = getattr(value, name, None) or importlib.import_module(place)
-        except ImportError:         # no such module: the candidate may catch this
+        except ImportError:         # the candidate may catch this
             return
         if not isinstance(value, types.ModuleType):
             return
@@ -471,7 +472,7 @@ BEFORE = functions()
 
 
 def refuse_patches():
-    """Raise Invalid if the candidate has replaced one of these functions, added or deleted one."""
+    """Raise Invalid if a candidate has replaced, added or deleted one of these functions."""
     if patches := BEFORE ^ functions():
         owner, name, _ = patches.pop()
         raise Invalid(f"a patch of {owner.__name__}.{name}: leave it as it is")
@@ -479,9 +480,9 @@ def refuse_patches():
 
 # ---- 5  Data: documents from a source, as one flat file of tokens per split ----------------------
 SPLITS = "train", "val", "test"
-PIECE = 20_000      # characters: longer texts are cut at line ends about so far apart
+PIECE = 20_000      # characters: longer texts are cut into such pieces, at line ends
 SHORTEST = 64       # characters: shorter documents are dropped
-HELD_OUT = 1_000_000    # bytes of val, and of test: but from 1% to 8% of all text
+HELD_OUT = 1_000_000    # bytes of val, and of test; 1% of the text at least, 8% at most
 MANY_FILES = 50     # with so many files or more, each is whole in one split
 # These are left out: not every Python has tests, and tables of codes are near copies.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "testing",
@@ -494,7 +495,7 @@ def prepare(data: str | None) -> Path:
     if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
         return CACHE / last.read_text()
     (CACHE / "downloads").mkdir(parents=True, exist_ok=True)
-    print(f"preparing data in {CACHE}, when no other process does", flush=True)
+    print(f"preparing data in {CACHE}, or waiting for a process that does", flush=True)
     with (CACHE / "lock").open("a" if os.access(CACHE, os.W_OK) else "r") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         name, files, reader = source(data or DEFAULT_DATA)
@@ -526,13 +527,13 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
         tokens = np.append(tokenizer.encode(text), np.uint16(END))
         bins[split].write(tokens)
         count, size = count + 1, size + int(tokenizer.lengths[tokens].sum())
-        if size > shown + 0.05 * total:     # size in bytes
+        if size > shown + 0.05 * total:
             print(f"encoding: {size / 1e6:.0f} of about {total / 1e6:.0f} MB", flush=True)
             shown = size
     sizes = {split: file.tell() // 2 for split, file in bins.items()}
     for file in bins.values():
         file.close()
-    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens, of 5 bytes at most on average
+    need = MIN_WINDOWS * SEQ_LEN + 1        # tokens, with less than 5 bytes each
     if min(sizes["val"], sizes["test"]) < need:
         sys.exit(f"prepare.py: too little text in {name}: {len(files)} files have {size / 1e6:.2f} "
                  f"MB in new documents of {SHORTEST} characters or more, and a score needs about "
@@ -561,7 +562,7 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
     elif (path := Path(data)).exists():
         name = re.sub(r"\W+", "-", path.resolve().name, flags=re.ASCII)[:40]
         visible = [f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path)}"]
-        # rglob() finds nothing in a file, and does not look into links to folders.
+        # rglob() finds nothing in a file. It lists links to folders: these are skipped below.
         files = [f for f in visible or [path] if f.is_symlink() or not f.is_dir()]
     else:
         sys.exit(f"prepare.py: --data {data}: give python, stdlib, tinystories, c4, c4:N with N "
@@ -583,11 +584,13 @@ def is_text(path: Path) -> bool:
 
 
 def text_pieces(path: Path) -> Iterator[str]:
-    """Yield the documents of a text file, which <|endoftext|> separates. Long ones are cut."""
+    """Yield the documents of a text file, separated by <|endoftext|>. Long ones are cut."""
     rest = ""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        # It reads PIECE characters, then to the end of the line, but not more than as many again.
+        # A chunk goes on to the end of a line, but not further than 2 * PIECE characters.
         while chunk := file.read(PIECE) + file.readline(PIECE):
+            if re.search(r"<\|?\w*\|?\Z", chunk):       # perhaps half of the mark
+                chunk += file.readline(12)
             *whole, rest = (rest + chunk).split("<|endoftext|>")
             yield from whole
             if len(rest) >= PIECE:
@@ -614,13 +617,14 @@ def documents(files: list[Path], reader: Callable, share: float) -> Iterator[tup
     many = reader is text_pieces and len(files) >= MANY_FILES
     total = sum(file.stat().st_size for file in files)
     for file in random.Random(0).sample(files, len(files)) if many else files:
-        whole, split = many and file.stat().st_size <= share * total, None
+        split = None
+        whole = many and file.stat().st_size <= share * total
         for text in reader(file):
             if len(text.strip()) < SHORTEST or hash(text) in seen:
                 continue
-            seen.add(hash(text))    # all that stays in memory: 100 bytes per document
-            if not (whole and split):
-                # The split that lacks most gets it, so val and test come from all over the text.
+            seen.add(hash(text))    # in memory: 100 bytes per document
+            if not whole or split is None:
+                # The split that lacks most gets it: val and test come from all over the text.
                 split = min(SPLITS, key=lambda s: size[s] / shares[s])
             size[split] += len(text)
             yield split, text
@@ -677,7 +681,7 @@ WORD = re.compile(rf"""(?x)
     | \s{{1,64}}(?!\S)                          # white space, but not the last one before a word
     | \s                                        # that last one, where it is not in the word""")
 SAMPLE = 64_000_000     # characters of training text that the merges are learned from
-COMMON = 50_000         # different words that count, the most common; 200,000 bring nothing more
+COMMON = 50_000         # most frequent words that count; 200,000 bring nothing more
 
 
 class Tokenizer:
@@ -760,17 +764,17 @@ def main():
     add("--devices", action="store_true", help="print names for CUDA_VISIBLE_DEVICES, and end")
     args = parser.parse_args()
     sys.argv[1:] = sys.orig_argv[1:] = []       # no candidate may know the key
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends this without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C: no traceback
     if args.devices:
-        count = torch.cuda.device_count()       # without those that CUDA_VISIBLE_DEVICES hides
+        count = torch.cuda.device_count()       # without hidden ones
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        # CUDA shows a process one MIG slice, however many are named: each worker gets its own.
+        # CUDA shows a process one MIG slice at most: each worker gets its own.
         return print(names if names.startswith("MIG-") else ",".join(names.split(",")[:count]))
     try:
         path = args.run and args.run.resolve(strict=True)
         torch.ones(1, device=DEVICE)    # fails if torch has no kernels for this GPU
         free, total = torch.cuda.mem_get_info() if CUDA else (1, 1)
-        if free < 0.9 * total:
+        if free < 0.9 * total - 1e9:        # CUDA itself takes up to 1 GB
             print("WARNING: another program uses this GPU: see nvidia-smi", file=sys.stderr)
         folder = args.folder or prepare(args.data)
         if path:
@@ -778,8 +782,8 @@ def main():
         print(folder)       # the driver reads this line
     except (OSError, RuntimeError, UnicodeError) as error:
         problem = str(error).partition("\n")[0]
-        sys.exit(f"prepare.py: {problem}: --data python needs no network, CUDA_VISIBLE_DEVICES=-1 "
-                 f"no GPU; AUTORESEARCH_CACHE can name another folder than {CACHE}")
+        sys.exit(f"prepare.py: {problem}: --data python needs no network; "
+                 f"CUDA_VISIBLE_DEVICES=-1 hides the GPU; AUTORESEARCH_CACHE replaces {CACHE}")
 
 
 if __name__ == "__main__":
