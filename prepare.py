@@ -355,14 +355,13 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     unit = 1 if sys.platform == "darwin" else 1024
     memory = (torch.cuda.max_memory_allocated() if CUDA else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    num_params = sum(p.numel() for p in torch.nn.Module.parameters(model))
     bpb = evaluate(model, data, lengths, slack)
     epochs = clock.seen / len(clock.tokens)
     again = f", this run saw the text {epochs:.1f} times" if epochs > 1 else ""
     return {"val_bpb": bpb["val"], "test_bpb": bpb["test"], "train_seconds": train_seconds,
             "startup_seconds": clock.startup, "total_seconds": monotonic() - BEGAN,
             "peak_memory_mb": memory / 1e6, "num_steps": clock.steps, "num_tokens": clock.seen,
-            "epochs": round(epochs, 3), "num_params": num_params,
+            "epochs": round(epochs, 3), "num_params": sum(p.numel() for p in model.parameters()),
             "did": f"{clock.steps} steps, {clock.seen / train_seconds:,.0f} tokens/s{again}"}
 
 
