@@ -527,7 +527,8 @@ SMALL = {
 @pytest.mark.parametrize("hint", SMALL)
 def test_a_leak_that_gains_little_or_only_now_and_then_is_found(hint, score):
     with pytest.raises(prepare.Invalid, match="leak"):
-        score(Guess(SMALL[hint]))
+        for _ in range(3):      # one run in 20 misses the rarest of these; a keep needs two runs
+            score(Guess(SMALL[hint]))
 
 
 def test_what_is_learned_from_call_to_call_is_found(score):
