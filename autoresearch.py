@@ -16,8 +16,8 @@ Incumbent     the best train.py so far; the file train.py always is the incumben
 Baseline      experiment 0: train.py as it was at the first start
 Researcher    who proposed an experiment: llm, search, human, or baseline
 Search        random moves of the numbers in train.py: the control, and a filler of idle time
-Noise         the standard deviation between seeds of val_bpb, the score (bits per byte)
-Accelerator   what a run trains on: a GPU, or the CPU; there are as many as --workers says
+Noise         the standard deviation of the score, val_bpb (bits per byte), between seeds
+Accelerator   what a run trains on: a GPU, or the CPU; --workers says how many there are
 Conditions    what has to stay the same if scores are compared: data, budget, device, ...
 """
 
@@ -84,14 +84,14 @@ class Experiment:
     runs: list[dict] = field(default_factory=list)  # prepare.py's report of each run with a score
     status: str = ""            # "keep", "discard" or "crash"; "" until it is judged
     reason: str = ""            # why it has this status
-    place: int = 0              # the number of its verdict, from 1; 0: it has none yet
+    place: int = 0              # its place among the verdicts, from 1; 0: it has no verdict yet
     counted: int = 0            # the verdict rests on this many runs; the incumbent may get more
     commit: str = ""            # git's name of a kept change
     finished: str = ""          # when it was judged
-    fresh: dict[str, list[dict]] = field(default_factory=dict)  # --confirm: "#7 at 60 s" -> runs
+    fresh: dict[str, list[dict]] = field(default_factory=dict)  # --confirm's: "#7 at 60 s" -> runs
     turns: list[str] = field(default_factory=list)  # the LLM's reply, our complaint, a reply, ...
     tries: int = 0              # runs that began; this numbers the logs and the seeds
-    ended: int = 0              # runs that ended; in tries - ended of them the driver died
+    ended: int = 0              # runs that ended; in the others, tries - ended, the driver died
     model: str = ""             # the LLM that was asked
     calls: int = 0              # its answers, also those that were of no use
     input_tokens: int = 0
@@ -141,9 +141,9 @@ def judge(candidate: list[float], incumbent: list[float], noise: float, longer: 
 class Lab:
     """The experiments, the accelerators, and the workers that share them.
 
-    With an LLM, each accelerator has three workers, "llm", "llm" and "search": while a run of one
-    trains, the other has the LLM draft the next proposal; the search uses an accelerator that both
-    leave idle. Without an LLM, each accelerator has one worker, "search".
+    With an LLM, three workers come with each accelerator, "llm", "llm" and "search": while a run of
+    one trains, the other has the LLM draft the next proposal; the search uses an accelerator that
+    both leave idle. Without an LLM, it is one worker, "search".
     """
 
     async def research(self, by: str):
@@ -169,8 +169,8 @@ class Lab:
     # 2. A worker holds an accelerator only inside `async with self.accelerator(...)`, and asks the
     #    LLM only outside. So an endpoint that hangs holds up neither an accelerator nor the exit.
     # 3. A candidate is judged only against the incumbent that it changes. If another one was kept
-    #    meanwhile, it is built again on that. If this changes its text, its runs no longer count;
-    #    a person's edit is a whole file, so they do.
+    #    meanwhile, it is built again on that, and if this changes its text, its runs count no more.
+    #    A person's edit is a whole file: its text stays, and its runs count.
     # 4. A keep is written in this order: train.py (an edit in it is saved first), the commit,
     #    experiment.json with the status, the row. After a kill, the saved runs are judged again.
 
@@ -209,13 +209,13 @@ class Lab:
     def take(self, by: str) -> Experiment | None:
         """Return an experiment that waits, or a new one. None: enough are in progress."""
         if self.left <= 0:
-            raise Finished      # research() does not catch this one: it ends all workers
+            raise Finished      # outside of the try in research(): it ends all workers
         self.save_edit()
         if [exp.by for exp in self.active].count(by) >= self.left:
             return None         # no more drafts at a time than experiments that are left
         mine = [exp for exp in self.waiting
                 if exp.by in (by, "human")                  # any worker takes a person's edit
-                or (exp.source and not self.llm)]           # or, without an LLM, its finished draft
+                or (exp.source and not self.llm)]           # or a finished draft, without an LLM
         mine.sort(key=lambda exp: exp.by != "human")    # a person's edit is the first in line
         self.active += mine[:1] or [self.new_experiment(by)]
         return self.active[-1]
@@ -245,7 +245,7 @@ class Lab:
             f"next; {TRAIN} is the incumbent again")
 
     async def propose(self, exp: Experiment):
-        """Have the LLM write a reply that fits. What others propose needs none."""
+        """Have the LLM write a reply that fits. The search proposes in build()."""
         if exp.by == "llm":
             while len(exp.turns) % 2 == 0:      # until its last turn is a reply
                 await self.ask(exp)
@@ -295,7 +295,7 @@ class Lab:
         """Wait for a free accelerator and have it until the end of the block."""
         while not self.may_start(exp):
             await asyncio.sleep(0.02)       # polling is simpler than events for each change
-        gpu = min(self.free)
+        gpu = min(self.free, key=self.free.get)     # the one that has been free for longest
         del self.free[gpu]
         try:
             yield gpu
@@ -306,10 +306,10 @@ class Lab:
 
     def may_start(self, exp: Experiment) -> bool:
         if not self.free or exp.by != "search" or not self.llm:
-            return bool(self.free)
+            return bool(self.free)      # only the search, beside an LLM, waits longer
         # The search only fills in, for whatever reason the LLM leaves an accelerator idle.
         idle = time.monotonic() - min(self.free.values())
-        return idle >= IDLE_SHARE * self.conditions["budget"]
+        return idle >= IDLE_SHARE * self.conditions.get("budget", 60)
 
     def build(self, exp: Experiment):
         """Make exp a change of the present incumbent, if it is not yet. Raises Unusable."""
@@ -357,7 +357,7 @@ class Lab:
 
     async def run(self, exp: Experiment, gpu: int):
         """Train exp once more. Raises Unusable if it crashes and the machine is not to blame."""
-        if self.discards >= RECHECK:    # perhaps its score was luck, and blocks all others
+        if self.discards >= RECHECK:    # perhaps the incumbent was lucky, and blocks all others
             await self.run_incumbent(gpu, f"{RECHECK} discards in a row lost to it")
         try:
             await self.train(exp, gpu, exp.runs)
@@ -372,7 +372,7 @@ class Lab:
             self.pause = 0.0        # its reply could be trained, so it is asked at full speed
 
     async def run_incumbent(self, gpu: int, why: str) -> bool:
-        """Run the incumbent until it gets a score. False: only after failures of the machine."""
+        """Run the incumbent until it gets a score. True: it did at once, so the machine is well."""
         best, pause = self.incumbent, 0.0
         self.discards = self.crashes[gpu] = 0
         say(f"#{best.number}, the incumbent, runs once more: {why}")
@@ -464,7 +464,7 @@ class Lab:
 
     async def night(self):
         """Research until there is enough of it, something fails, or somebody stops it."""
-        if self.conditions:     # these two can be compared now, the others when a run tells them
+        if self.conditions:     # budget and judge are known now, the rest when a run tells it
             self.check_conditions(self.conditions | {"budget": self.args.budget})
         self.recover()
         await self.get_ready()
@@ -493,7 +493,7 @@ class Lab:
 
     async def get_ready(self):
         """Find the data, the accelerators and the LLM, and say what is used."""
-        self.data_folder = Path(self.conditions.get("folder", "none"))
+        self.data_folder = Path(self.conditions.get("folder", "no folder yet"))
         if self.args.data or not (self.data_folder / "meta.json").exists():
             self.data_folder = Path(await ask_prepare("--data", self.args.data or ""))
         self.variables = await environments(self.args)
@@ -563,7 +563,7 @@ class Lab:
 async def in_thread(call: Callable, *args: object) -> object:
     """Await a call that blocks. asyncio.to_thread() would wait for its thread at the exit."""
     future = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()       # so a late answer to a cancelled wait does no harm
+    future.set_running_or_notify_cancel()       # now no cancelled wait can make set_result() fail
 
     def work():
         try:
@@ -613,8 +613,9 @@ def standard_error(k: int, n: int, noise: float) -> float:
 def judge_version() -> str:
     """Return a hash of what decides a verdict: another judge needs a new ledger."""
     parts = Experiment.scores.fget, score, judge, standard_error, noise_of, pooled_noise
-    code, numbers = map(inspect.getsource, parts), (RUNS, WIN, BASELINE_RUNS, NOISE_PROGRAMS)
-    return hashlib.sha256("".join([*code, str(numbers)]).encode()).hexdigest()[:16]
+    code = [code_in(textwrap.dedent(inspect.getsource(part))) for part in parts]
+    numbers = str((RUNS, WIN, BASELINE_RUNS, NOISE_PROGRAMS))
+    return hashlib.sha256("".join([*code, numbers]).encode()).hexdigest()[:16]
 
 
 def noise_of(judged: list[Experiment]) -> float:
@@ -631,7 +632,7 @@ def pooled_noise(groups: list[list[float]]) -> float:
 
 
 # ---- 4  The prompt ------------------------------------------------------------------------------
-# Another judge needs another first rule. prepare.py's rules follow: what a train.py has to do.
+# Another judge needs another first rule. make_prompt() appends those of prepare.py.
 RULES = f"""You do machine-learning research: each experiment is a new train.py, trained for a
 fixed time. Reply in exactly this form, nothing else:
 
@@ -650,7 +651,7 @@ whole lines to be unique. Another change may be kept first, and yours still has 
 give the whole new file in one ```python fence. The rules:
 - A change is kept if val_bpb is lower after each of {RUNS} runs. If the code is longer, comments
   aside, it has to win each time by {WIN:g} * noise * sqrt(1/k + 1/n), with k runs against n.
-- A gain has to travel: it is also measured at half and at twice the budget.
+- A gain has to travel: the person also measures it at half and at twice the budget.
 """
 NOT_FOR_PROMPTS = "contract event folder judge limit name prepare sha256 threads".split()
 
@@ -658,7 +659,7 @@ NOT_FOR_PROMPTS = "contract event folder judge limit name prepare sha256 threads
 def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
     """Return the prompt in parts, what changes least first: providers cache its beginning."""
     with contextlib.suppress(OSError):      # there is no file while an editor replaces it
-        data = PROGRAM.read_bytes()
+        data = PROGRAM.read_bytes()         # in UTF-8 or, from an editor on Windows, UTF-16
         lab.program = data.decode(json.detect_encoding(data), "replace") or lab.program
     if not lab.program:
         raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
@@ -748,7 +749,7 @@ async def lines_of(process: subprocess.Popen) -> AsyncIterator[bytes]:
     os.set_blocking(process.stdout.fileno(), False)
     chunk, rest, has_ended = b"", b"", False
     while chunk or not has_ended:   # a child that holds the pipe open is not waited for
-        has_ended = process.poll() is not None      # if so, the next read gets all that is left
+        has_ended = process.poll() is not None      # asked before the read, so nothing is lost
         chunk = process.stdout.read(1 << 16) or b""
         *lines, rest = re.split(b"[\r\n]", rest + chunk)
         if len(rest) > 1 << 16:     # the end of such a line may never come
@@ -773,7 +774,7 @@ def process_group(command: list[str], **variables: str) -> Iterator[subprocess.P
                           stderr=subprocess.STDOUT, bufsize=0) as process:
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(b"\n")      # a first byte: prepare.py ends when this pipe does
+                process.stdin.write(b"\n")     # says that a driver is here: prepare.py ends with it
             yield process
         finally:
             for number in signal.SIGTERM, signal.SIGKILL:
@@ -826,7 +827,7 @@ class LLM:
         chat = [{"role": "user", "content": "".join(prompt[1:])}]
         for n, text in enumerate(turns):
             chat.append({"role": "user" if n % 2 else "assistant", "content": text})
-        path = self.format.path.format(model=self.model)
+        path = self.format.path.format(model=self.model)    # some formats have the model there
         return self.http(path, self.format.body(self.model, prompt, chat), self.read)
 
     def read(self, data: dict) -> Answer:
@@ -921,8 +922,7 @@ def find_format(base_url: str | None, model: str | None = None) -> object | None
 
 
 # ---- 7  Reply: from the words of an LLM to the source of a candidate ----------------------------
-# Beside a pattern stands an example of what it finds.
-TAG = r"[\w:]*(?:think|thought|reason)\w*[>\]▷]"    # of "</think>"
+TAG = r"[\w:]*(?:think|thought|reason)\w*[>\]▷]"    # "think>" of "</think>"
 MARK = re.compile(r"(?m)^[ \d.)*`-]*([<=>])\1{4}.*\n?")     # "2. <<<<<<< SEARCH"
 FENCE = re.compile(r"(?m)^ *(?:```|~~~).*\n?")  # "```python"
 WHOLE_FILE = re.compile(r"(?ms)^(import|from) [^\n]*prepare.*^def train\(")
@@ -935,7 +935,7 @@ LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b(as (above|before|is|it was)|exi
 
 
 def apply_reply(reply: str, source: str) -> tuple[str, str]:
-    """Return (description, new source). Raises Unusable: it never guesses."""
+    """Return (description, new source), for tests and tools. Raises Unusable: it never guesses."""
     description, _, blocks = read_reply(reply, source)
     return description, edited(source, blocks)
 
@@ -963,7 +963,7 @@ def read_reply(reply: str, source: str) -> tuple[str, str, list[tuple[str, str]]
 
 
 def edited(source: str, blocks: list[tuple[str, str]]) -> str:
-    """Return the source after the blocks, in any order. Raises Unusable."""
+    """Return the source with all blocks applied. Raises Unusable, also if their order matters."""
     new = functools.reduce(replaced, blocks, source)
     if new != functools.reduce(replaced, blocks[::-1], source):
         raise Unusable("the order of the blocks matters: make them one")
@@ -988,7 +988,7 @@ def replaced(source: str, block: tuple[str, str]) -> str:
         places = [COMMENT.sub("", textwrap.dedent(place)) for place in places]
     if (fits := places.count(search)) != 1 or not search:
         raise Unusable(f"SEARCH fits at {fits} places, among the other blocks:\n{block[0]}")
-    at = places.index(search)       # where the code may be indented more than in SEARCH
+    at = places.index(search)       # where the code may be deeper than in SEARCH
     margin = re.match(r"\s*", lines[at])[0].removesuffix(re.match(r"\s*", search)[0])
     lines[at:at + n] = [textwrap.indent(replace, margin)]
     return "\n".join(lines)
@@ -1015,7 +1015,7 @@ KNOB = re.compile(rf"(?m)^([A-Z][A-Z\d_]*) = (?P<number>{NUMBER})"
 
 
 def random_moves(rng: random.Random, source: str, cuda: bool) -> Iterator[tuple[str, str]]:
-    """Yield (description, changed source) again and again: at times two or three knobs move."""
+    """Yield (description, changed source), up to 200: at times two or three knobs move."""
     knobs = {knob[1]: knob.span("other" if knob["other"] and not cuda else "number")
              for knob in KNOB.finditer(source)}
     for _ in range(200 if knobs else 0):
@@ -1184,7 +1184,7 @@ def summary(judged: list, confirmed: dict, budget: float) -> list[str]:
 
 
 def progress_svg(judged: list, confirmed: dict, budget: float, *controls: list) -> str:
-    """Return the night as a picture, and with it the nights to compare it with: controls."""
+    """Return the night as a picture; `controls` are other nights, drawn beside it."""
     lines = [*summary(judged, confirmed, budget), LEGEND]
     top = -LINE * len(lines) - 46
     tall = HEIGHT + 30 - top
@@ -1194,7 +1194,7 @@ def progress_svg(judged: list, confirmed: dict, budget: float, *controls: list) 
     nights = [*controls, judged]
     levels = [score(exp.scores) for night in nights for exp in kept(night)] or [1.0]
     high = max(levels)
-    span = max(high - min(levels), 10 * noise_of(judged), 0.01)   # noise alone stays small
+    span = max(high - min(levels), 10 * noise_of(judged), 0.01)   # noise must not fill it
     for y in range(0, HEIGHT + 1, HEIGHT // 4):
         svg.append(f'<rect y="{y}" width="{WIDTH}" height="1"/>')
         svg.append(TEXT.format(-8, y + 6, "end", f"{high - y / HEIGHT * span:.3f}"))
@@ -1288,7 +1288,7 @@ async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 async def ask_prepare(*flags: str, answer: str = ".+") -> str:
-    """Run prepare.py, which has torch and the data, and return its last line that is an answer."""
+    """Run prepare.py, which has torch and the data. Return its last line that fits `answer`."""
     lines = ["prepare.py ended without a word"]
     with process_group([sys.executable, "prepare.py", *flags]) as process:
         async for line in lines_of(process):
