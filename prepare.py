@@ -1,6 +1,6 @@
 """The fixed part: it prepares the text, runs a train.py on the clock, and computes its score.
 
-    python prepare.py                     # the last text; at first c4 or, without CUDA, python
+    python prepare.py                     # the last text; at first c4, or python without CUDA
     python prepare.py --data python       # the code of Python, torch and numpy; no network
     python prepare.py --data stdlib       # that of Python alone
     python prepare.py --data tinystories  # children's stories, 2.2 GB
@@ -8,7 +8,8 @@
     python prepare.py --data my/texts     # a file or a folder of UTF-8 text of your own
     python prepare.py --run train.py      # train this candidate once and print its score
 
-Nobody edits this file during research. A candidate runs with your rights: see README.md.
+Nobody edits this file during research. A driver, such as autoresearch.py, starts it for each run
+of a candidate, which an LLM wrote and which runs with your rights: see README.md.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from time import monotonic, sleep, thread_time  # a patch of `time` misses these
+from time import monotonic, sleep, thread_time  # no candidate can replace these
 
 BEGAN = monotonic()     # before torch is imported, which takes seconds
 # Waiting threads of torch shall sleep: on a busy machine, spinning was 15 times slower.
@@ -99,21 +100,21 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
     while True:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("batches() belongs to the thread that calls train()")
-        if clock.start is None:         # time counts from here on
+        if clock.start is None:
             synchronize()
-            slow = 4 if DEVICE == "cpu" else 1 + OVERTIME       # a CPU shared with others is slow
-            clock.tell("training", limit=slow * clock.budget + 10)
+            times = 4 if DEVICE == "cpu" else 1 + OVERTIME      # others may use the CPU as well
+            clock.tell("training", limit=times * clock.budget + 10)
             clock.startup, clock.start = monotonic() - BEGAN, seconds_now()
         batch = torch.from_numpy(np.stack([*itertools.islice(windows, batch_size)])).long()
         batch = (batch.pin_memory() if CUDA else batch).to(DEVICE, non_blocking=True)
-        # A GPU computes the newest step while the CPU prepares the next one, so neither is idle.
+        # The CPU prepares the next step while a GPU computes the newest one, so neither is idle.
         if CUDA and clock.steps != 1:
             clock.done.synchronize()    # waits for the step before the newest
             clock.done.record()         # lets the next call wait for the newest
-        else:                           # on CUDA only for the first step
+        else:                           # without CUDA; and in any case for the first step
             synchronize()
         now = seconds_now() - clock.start
-        # A step takes as long as the last. On CUDA the newest is also still to be computed.
+        # The next step will take as long as the last. On CUDA the newest is still to come, too.
         if now + (now - clock.last) * (2 if CUDA else 1) >= clock.budget:
             break
         if clock.steps == 0 or int(now) > int(clock.last):      # once per second
@@ -165,8 +166,8 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     chosen = np.stack(chosen).reshape(-1, EVAL_ROWS, SEQ_LEN + 1).astype(np.int64)
     x, y = chosen[..., :-1], chosen[..., 1:]
     cuts = choose_cuts(*x.shape, rng)
-    moments = [seconds_now()]           # and then one more after each call
-    # Some models convert weights in the first call. So that has random tokens and no score.
+    moments = [seconds_now()]
+    # Some models convert weights in their first call, so it gets random tokens and no score.
     token_nats(model, rng.integers(VOCAB_SIZE, size=x[0].shape), y[0], rng)
     # The model gets each batch twice: for its score, and as a probe: see choose_cuts().
     try:
@@ -179,7 +180,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     for probe, i in rng.permutation(list(np.ndindex(turns.shape))):
         tokens, rows = x[i], rng.permutation(EVAL_ROWS)
         if probe:
-            other = x[i - rng.integers(1, len(x))]      # any other batch: x[-1] is the last
+            other = x[i - rng.integers(1, len(x))]      # of any other batch
             tokens = np.where(np.arange(SEQ_LEN) < cuts[i, :, None], tokens, rng.permutation(other))
         nats[probe, i, rows] = token_nats(models[probe], tokens[rows], y[i, rows], rng)
         turns[probe, i] = len(moments)
@@ -223,7 +224,7 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
     have to be the same. The rows also change places: each has other neighbours in a probe.
     """
     # Half of the rows are cut at the end of a chunk of 2, 4, 8, ... tokens: a model that computes
-    # in chunks leaks there. Half are cut anywhere: resize() repeats all places, in random order.
+    # in chunks leaks there. Half are cut anywhere, at all places in turn, in random order.
     # One row stays whole, to show leaks from other rows and from earlier calls.
     chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
     cuts = chunk * rng.integers(1, length // chunk)
@@ -234,7 +235,7 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
 
 # Rounding changes predictions, too, in bf16 by 0.01 nats. But it makes as many better as worse. A
 # leak reads later tokens, which are false in a probe. So predictions get worse, most of all just
-# before a cut: if every 64th sees one token ahead, by 0.06 nats there and 0.0004 on average.
+# before a cut: by 0.06 nats there and 0.0004 on average, if each 64th token sees one ahead.
 BIAS = 0.002        # nats: how far from 0 a mean may be; seeds differ by more
 SIGMAS = 6          # standard errors on top of it: rounding exceeds that in one of 10^8 runs
 SPREAD = 0.02       # nats: limit for the size of a typical change; bf16 reaches half
@@ -245,7 +246,7 @@ GATHERED = 4        # of the 16 largest losses, so many may stand just before a 
 def refuse_leaks(change: np.ndarray, cuts: np.ndarray, probed_later: np.ndarray):
     """Raise Invalid if probes change predictions more than rounding. change: nats, (P, B, T)."""
     to_cut = cuts[..., None] - np.arange(change.shape[-1])
-    kept = to_cut > 0               # the predictions from tokens before the cut alone
+    kept = to_cut > 0
     change, last = change[kept], to_cut[kept] == 1      # last: those just before a cut
     small = change.clip(-LARGEST, LARGEST)
     # A model that learns from its calls does better in the later one of the two.
@@ -270,24 +271,24 @@ MODULES = """__future__ bisect cmath collections contextlib copy dataclasses enu
 CONTRACT = f"""- The score, val_bpb, is the bits per byte of validation text: lower is better.
 - Imports: {", ".join(MODULES)}.
   Files, processes, threads and the environment are closed, and the driver sets all seeds: leave out
-  `import os` and torch.manual_seed. getattr only with the name written out, no dunder names but
-  those of usual methods, a module's name only before a dot.
+  `import os` and torch.manual_seed. In getattr, write the name out. Of dunder names, use those of
+  usual methods. A module's name may stand only before a dot.
 - `import prepare` offers DEVICE, SEQ_LEN, VOCAB_SIZE and batches(batch_size, seq_len=SEQ_LEN).
 - `train()` returns a torch.nn.Module with model(tokens) -> logits, int64 (B, T) -> float
   (B, T, VOCAB_SIZE), for evaluation at T = SEQ_LEN. Logits at t may depend on tokens[:t+1] of
   their own row alone, and on nothing of earlier calls: probes check it.
 - `for x, y, progress in prepare.batches(...)` is the only training data and clock. The clock
   starts with the first batch and ends the loop at the budget; progress is in [0, 1). An epoch has
-  every window once; another call begins a new one, on the same clock. A step is a batch.
-- Before the loop, compiling and warming up are free for {SETUP_LIMIT} seconds. After it, a share
-  of {OVERTIME} is left, to average weights, say. Evaluation may take {EVAL_LIMIT} seconds, and no
-  work may be put off until then. Functions that prepare.py uses must not be replaced."""
+  every window once; another batches() begins a new epoch, on the same clock. A step is a batch.
+- Before the loop, compiling and warming up are free for {SETUP_LIMIT} seconds. After it, train()
+  has {OVERTIME} of the budget left, to average weights, say. Evaluation may take {EVAL_LIMIT}
+  seconds, and no work may be put off until then. Replace no function that prepare.py uses."""
 
 
 def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
     """Measure a train.py and return the exit code: 0 only after a report."""
     out = os.fdopen(os.dup(1), "w", buffering=1)    # a candidate can replace sys.stdout, not this
-    encode = json.JSONEncoder().encode              # not json.dumps: it can reach its encoder
+    encode = json.JSONEncoder().encode              # not json.dumps: a candidate reaches that one's
     # An event is a line for the driver. It begins with a key that no candidate knows. An event
     # with a limit begins a phase: the next has to begin within so many wall-clock seconds.
     def tell(event: str, **values):
@@ -297,7 +298,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
         threading.Thread(target=end_with_driver, args=[os.dup(0)], daemon=True).start()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)    # a candidate's input() sees an empty file
     meta = json.loads((folder / "meta.json").read_text())
-    # The driver never compares runs whose conditions differ. It shows them to the LLM.
+    # The driver compares no runs whose conditions differ, and shows the conditions to the LLM.
     conditions = meta | {
         "data": meta["name"], "budget": budget, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
         "prepare": sha256([Path(__file__)])[:16], "torch": torch.__version__,
@@ -331,8 +332,7 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     clock = _clock = Clock(data.pop("train"), seed, budget, tell)
     for set_seed in torch.manual_seed, np.random.seed, random.seed:
         set_seed(seed)
-    stub = types.ModuleType("prepare")      # all that candidates find under either name
-    sys.modules["prepare"] = sys.modules["__main__"] = stub
+    stub = sys.modules["prepare"] = sys.modules["__main__"] = types.ModuleType("prepare")
     stub.DEVICE, stub.SEQ_LEN, stub.VOCAB_SIZE, stub.batches = DEVICE, SEQ_LEN, VOCAB_SIZE, batches
     refuse_source(code := path.read_text(encoding="utf-8"))
     candidate = sys.modules["candidate"] = types.ModuleType("candidate")
@@ -352,16 +352,17 @@ def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) 
     refuse_patches()
     clock.budget = 0.0      # batches() yields nothing more
     tell("evaluation", limit=EVAL_LIMIT)
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024      # bytes, of ru_maxrss
     memory = (torch.cuda.max_memory_allocated() if CUDA else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    num_params = sum(p.numel() for p in torch.nn.Module.parameters(model))
     bpb = evaluate(model, data, lengths, slack)
     epochs = clock.seen / len(clock.tokens)
     again = f", this run saw the text {epochs:.1f} times" if epochs > 1 else ""
     return {"val_bpb": bpb["val"], "test_bpb": bpb["test"], "train_seconds": train_seconds,
             "startup_seconds": clock.startup, "total_seconds": monotonic() - BEGAN,
             "peak_memory_mb": memory / 1e6, "num_steps": clock.steps, "num_tokens": clock.seen,
-            "epochs": round(epochs, 3), "num_params": sum(p.numel() for p in model.parameters()),
+            "epochs": round(epochs, 3), "num_params": num_params,
             "did": f"{clock.steps} steps, {clock.seen / train_seconds:,.0f} tokens/s{again}"}
 
 
@@ -385,7 +386,7 @@ OPEN = """lib.stride_tricks|_dynamo.(config|disable|reset)|_inductor.config|jit.
 MEMBERS = r"""load\w*|save(z\w*|txt)?|memmap|from(file|regex)|genfromtxt|seed\w*|set_?state|
     default_rng|Random(State)?|Torch\w+Mode|attrgetter|methodcaller|make_dataclass|update_wrapper"""
 CLOSED = "this is closed, as are files, processes and seeds: leave it out"
-REFUSED = [     # (pattern, reason): nothing that uses() yields may match a pattern
+REFUSED = [     # (pattern, reason) for what uses() yields; (?x) lets a pattern have line ends
     (r"^Name (open|exec|eval|compile|globals|locals|vars)$", "no files, no text that runs as code"),
     (r"\b(default_generators?|manual_seed\w*|\w*rng_state\w*|set_num_\w*threads)\b",
      "the driver sets the seed and the threads: leave it out"),
@@ -409,7 +410,7 @@ def refuse_source(code: str):
         match node:
             case ast.Expr(ast.Constant(str())):             # a docstring
                 node.value.value = None
-            case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):    # x.name
+            case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):    # x.name()
                 node.func, node.args = ast.Attribute(x, name, lineno=node.lineno), rest
             case ast.Call(ast.Name("hasattr"), [x, *rest]):     # harmless, like x.__doc__
                 node.func, node.args = ast.Attribute(x, "__doc__", lineno=node.lineno), rest
@@ -430,7 +431,7 @@ def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                # Unlike a use, an import may end at a module: .__name__ hides that.
+                # An import may end at a module, and a use may not: with .__name__ it ends at text.
                 yield from resolve(node, f"{parent}{alias.name}.__name__")
                 name = alias.asname or alias.name.partition(".")[0]
                 imported[name].add(parent + (alias.name if alias.asname else name))
@@ -445,7 +446,7 @@ def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
 
 def resolve(node: ast.AST, path: str) -> Iterator[tuple[ast.AST, str]]:
     """Yield each beginning of a path, with modules by their real names: torch.os is os."""
-    value = None
+    value = None        # so the first name is imported
     for name in path.split("."):
         place = f"{value.__name__}.{name}" if value else name
         yield node, f"path {place}"
@@ -490,7 +491,7 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "test
 
 def prepare(data: str | None) -> Path:
     """Make `data` ready and return its folder. Without `data`: the last one, or the default."""
-    last = CACHE / f"current-v{VOCAB_SIZE}"     # this file has the name of the last folder
+    last = CACHE / f"current-v{VOCAB_SIZE}"     # a file that holds the last folder's name
     if not data and last.exists() and (CACHE / last.read_text() / "meta.json").exists():
         return CACHE / last.read_text()
     (CACHE / "downloads").mkdir(parents=True, exist_ok=True)
@@ -535,7 +536,7 @@ def make(folder: Path, name: str, files: list[Path], reader: Callable):
     need = MIN_WINDOWS * SEQ_LEN + 1        # tokens, with less than 5 bytes each
     if min(sizes["val"], sizes["test"]) < need:
         sys.exit(f"prepare.py: too little text in {name}: {len(files)} files have {size / 1e6:.2f} "
-                 f"MB in new documents of {SHORTEST} characters or more, and a score needs about "
+                 f"MB in documents of {SHORTEST} characters or more, and a score needs about "
                  f"{5 * need / share / 1e6:.1f} MB")
     bytes_per_token = round(size / (sum(sizes.values()) - count), 4)    # not counting END
     print(f"{name}: {count} documents, {size / 1e6:.1f} MB, {bytes_per_token} bytes per token")
@@ -561,7 +562,7 @@ def source(data: str) -> tuple[str, list[Path], Callable[[Path], Iterator[str]]]
     elif (path := Path(data)).exists():
         name = re.sub(r"\W+", "-", path.resolve().name, flags=re.ASCII)[:40]
         visible = [f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path)}"]
-        # rglob() finds nothing in a file. It lists links to folders: these are skipped below.
+        # rglob() finds nothing in a file. Links to folders are counted as skipped below.
         files = [f for f in visible or [path] if f.is_symlink() or not f.is_dir()]
     else:
         sys.exit(f"prepare.py: --data {data}: give python, stdlib, tinystories, c4, c4:N with N "
@@ -767,7 +768,7 @@ def main():
     if args.devices:
         count = torch.cuda.device_count()       # without hidden ones
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        # CUDA shows a process one MIG slice at most: each worker gets its own.
+        # A MIG slice is a part of a GPU. CUDA shows a process only one, so each gets its own.
         return print(names if names.startswith("MIG-") else ",".join(names.split(",")[:count]))
     try:
         path = args.run and args.run.resolve(strict=True)

@@ -581,7 +581,7 @@ def test_too_little_text_says_how_much_is_enough(refused, run, tmp_path, stories
     for text in whole[:30_000], "short", "\n" * 999, "a document that is long enough " * 9:
         line = refused("--data", write(tmp_path / "text", text))
         need = re.search(r"too little text in text-\w+: .* about ([\d.]+) MB", line)
-        assert re.search(r"[01] files have \d\.\d\d MB in new documents of 64 char", line)
+        assert re.search(r"[01] files have \d\.\d\d MB in documents of 64 char", line)
         run("--data", write(tmp_path / "text", whole[:int(float(need[1]) * 1e6)]))
 
 
