@@ -388,7 +388,8 @@ class Lab:
     async def train(self, exp: Experiment, gpu: int, runs: list[dict]):
         """Train exp on a seed of its own, and append the report to `runs`. Raises Unusable."""
         patience = math.inf if self.args.launch else START_LIMIT    # a launcher may queue the run
-        for pause in [0.25 * 2 ** i for i in range(FALSE_STARTS)]:
+        for pause in FALSE_STARTS:
+            await asyncio.sleep(pause)
             k, exp.tries = exp.tries, exp.tries + 1
             exp.save()          # the run counts before it begins, since it may kill the driver
             command = [*self.args.launch, sys.executable, "prepare.py", "--run",
@@ -410,8 +411,7 @@ class Lab:
                 exp.ended += 1
                 exp.save()
             say(f"#{exp.number} did not start: {reason}")
-            await asyncio.sleep(pause)
-        raise Stop(f"{FALSE_STARTS} runs in a row did not even start: {reason}")
+        raise Stop(f"{len(FALSE_STARTS)} runs in a row did not even start: {reason}")
 
     def tell(self, exp: Experiment, gpu: int, event: dict, printed: str):
         """Use what prepare.py tells of a run: the conditions, and how far it is."""
@@ -601,7 +601,7 @@ class Unusable(Exception):
 
 
 LONGEST_PAUSE = 300     # seconds between two attempts, while something fails again and again
-FALSE_STARTS = 5        # if so many runs in a row do not even start, the driver ends
+FALSE_STARTS = 0, 1, 4, 16, 64  # seconds before each try to start a run; then the driver ends
 DEATHS = 2              # if the driver died so often during runs of one candidate, it is a crash
 
 # ---- 3  The judge's numbers ---------------------------------------------------------------------

@@ -863,9 +863,11 @@ def test_a_run_that_did_not_start_says_nothing_about_its_candidate(measured, llm
 
 def test_runs_that_never_start_end_the_driver_with_their_reason(measured):
     script = measured.folder / "autoresearch.py"
-    script.write_text(script.read_text().replace("[0.25 * 2 ** k", "[0.01 * 2 ** k"))
+    pauses = f"FALSE_STARTS = {str(ar.FALSE_STARTS)[1:-1]}"
+    assert pauses in script.read_text()
+    script.write_text(script.read_text().replace(pauses, "FALSE_STARTS = 0, 0.1, 0.1"))
     output = measured.drive("--researcher", "search", "--launch", "sh -c 'kill -9 $$'", code=1)
-    assert f"{ar.FALSE_STARTS} runs in a row did not even start" in output.splitlines()[-1]
+    assert "3 runs in a row did not even start" in output.splitlines()[-1]
     assert "by signal 9 (out of memory?)" in output and len(consistent(measured)) == 1
 
 
