@@ -241,8 +241,7 @@ class Lab:
         edit = self.new_experiment("human", f"a person's edit of {TRAIN}", source)
         edit.save()
         write_whole(TRAIN, best.source)
-        say(f"{TRAIN} was edited: the edit is #{edit.number} ({edit.folder / TRAIN}) and runs "
-            f"next; {TRAIN} is the incumbent again")
+        say(f"{TRAIN} was edited: {edit.folder / TRAIN} runs next; {TRAIN} is the incumbent again")
 
     async def propose(self, exp: Experiment):
         """Have the LLM write a reply that fits. The search proposes in build()."""
@@ -610,6 +609,7 @@ def standard_error(k: int, n: int, noise: float) -> float:
     return noise * math.sqrt(1 / k + 1 / n)
 
 
+@functools.cache        # so that an edit of this file ends no night
 def judge_version() -> str:
     """Return a hash of what decides a verdict: another judge needs a new ledger."""
     parts = Experiment.scores.fget, score, judge, standard_error, noise_of, pooled_noise
