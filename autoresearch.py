@@ -646,11 +646,11 @@ lines to stand in their place
 >>>>>>> REPLACE
 
 Give as many such blocks as needed. Each SEARCH must match the incumbent exactly once: copy enough
-whole lines to be unique. Another change may be kept first, and yours still has to fit: leave out
-`NAME = number` lines that stay as they are, and define new names beside their use. For a rewrite,
-give the whole new file in one ```python fence. The rules:
+whole lines to be unique. A rewrite is the whole new file in one ```python fence. Another change
+may be kept first; then a rewrite is asked for again, and edits still have to fit: leave out
+`NAME = number` lines that stay as they are, and define new names beside their use. The rules:
 - A change is kept if val_bpb is lower after each of {RUNS} runs. If the code is longer, comments
-  aside, it has to win each time by {WIN:g} * noise * sqrt(1/k + 1/n), with k runs against n.
+  aside, it has to win by {WIN:g} * noise * sqrt(1/k + 1/n) each time: k runs against n of the old.
 - A gain has to travel: the person also measures it at half and at twice the budget.
 """
 NOT_FOR_PROMPTS = "contract event folder judge limit name prepare sha256 threads".split()
@@ -674,7 +674,7 @@ def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
              f"# History, oldest first: verdict, val_bpb (who): what | gain; its first run\n")
     past = [told(old) for i, old in enumerate(lab.judged)
             if old.status == "keep" or i >= len(lab.judged) - lab.history]
-    now = (f"\n# Now\nThe incumbent has {score(best.scores):.4f}. "
+    now = (f"\n# Now\nThe incumbent has {score(best.scores):.4f} from {len(best.scores)} runs. "
            f"Its newest run: {best.runs[-1].get('did', 'no details')}. "
            f"Noise: {noise_of(lab.judged):.4f}.\n")
     log = best.folder / f"run-{best.tries - 1}.log"

@@ -278,8 +278,8 @@ CONTRACT = f"""- The score, val_bpb, is the bits per byte of validation text: lo
   (B, T, VOCAB_SIZE), for evaluation at T = SEQ_LEN. Logits at t may depend on tokens[:t+1] of
   their own row alone, and on nothing of earlier calls: probes check it.
 - `for x, y, progress in prepare.batches(...)` is the only training data and clock. The clock
-  starts with the first batch and ends the loop at the budget; progress is in [0, 1). An epoch has
-  every window once; another batches() begins a new epoch, on the same clock. A step is a batch.
+  starts with the first batch and ends the loop at the budget; progress is in [0, 1). The loop goes
+  on through epochs: in each, the text is cut into windows anew. A step is a batch.
 - Before the loop, compiling and warming up are free for {SETUP_LIMIT} seconds. After it, train()
   has {OVERTIME} of the budget left, to average weights, say. Evaluation may take {EVAL_LIMIT}
   seconds, and no work may be put off until then. Replace no function that prepare.py uses."""
