@@ -1212,7 +1212,7 @@ def progress_svg(judged: list, confirmed: dict, budget: float, *controls: list) 
                 place = (x + 8, y - 10, "") if x < WIDTH / 2 else (x - 8, y + LINE, "end")
                 name = one_line(f"#{exp.number} {exp.description}", 24)
                 svg.append(TEXT.format(*place, html.escape(name)))
-        svg.append(f'<path class="{mode(exp.by for exp in night)}" d="{stairs}H{x}"/>')
+        svg.append(f'<path class="{mode(exp.by for exp in kept(night)[::-1])}" d="{stairs}H{x}"/>')
     return "\n".join([*svg, "</svg>"])
 
 

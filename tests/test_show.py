@@ -42,7 +42,7 @@ def words(judged, claims=None):
 
 @pytest.mark.parametrize("noise", [0.0, 0.004])
 @pytest.mark.parametrize("judged", [[BASELINE], [BASELINE, dot(1.45)],
-                                    [dot(0, "crash") for _ in range(3)]])
+                                    [BASELINE, *(dot(0, "crash") for _ in range(3))]])
 def test_a_night_without_a_gain_is_drawn_and_says_so(judged, noise, monkeypatch):
     monkeypatch.setattr(ar, "pooled_noise", lambda groups: noise)
     assert NOTHING in words(judged, confirmed())
@@ -111,8 +111,9 @@ def test_every_experiment_is_a_dot_in_its_researchers_colour_and_outliers_are_at
     assert 0 == int(base.get("cy")) < int(pale.get("cy")) < int(kept.get("cy")) <= ar.HEIGHT
 
 
-def test_the_stairs_lead_over_the_kept_dots_to_the_end_of_the_night_in_its_main_colour():
-    judged = [BASELINE, KEPT, dot(1.41), dot(1.39, "keep", "human", 3), dot(1.41)]
+def test_the_stairs_lead_over_the_kept_dots_to_the_end_in_the_colour_of_who_made_most_of_them():
+    searched = [dot(1.46, by="search") for _ in range(9)]
+    judged = [BASELINE, KEPT, *searched, dot(1.39, "keep", "human", 3), dot(1.38, "keep"), dot(1.41)]
     dots = [node for node in nodes(judged, "circle") if node.get("class").endswith("keep")]
     steps = "".join(f"H{node.get('cx')}V{node.get('cy')}" for node in dots)
     stairs, = nodes(judged, "path")
