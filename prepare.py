@@ -1,6 +1,6 @@
 """The fixed part: it prepares the text, runs a train.py on the clock, and computes its score.
 
-    python prepare.py                     # the last text; at first c4, or python without CUDA
+    python prepare.py                     # the text used last; at first c4, without CUDA python
     python prepare.py --data python       # the code of Python, torch and numpy; no network
     python prepare.py --data stdlib       # that of Python alone
     python prepare.py --data tinystories  # children's stories, 2.2 GB
@@ -36,7 +36,7 @@ import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from time import monotonic, sleep, thread_time  # no candidate can replace these
+from time import monotonic, sleep, thread_time  # a patch of time.time does no harm
 
 BEGAN = monotonic()     # before torch is imported, which takes seconds
 # Waiting threads of torch shall sleep: on a busy machine, spinning was 15 times slower.
@@ -60,7 +60,7 @@ EVAL_ROWS = 16 if CUDA else 8           # windows in a batch of evaluation
 EVAL_WINDOWS = 512 if CUDA else 256     # windows of val, and of test, at most
 MIN_WINDOWS = 64           # windows that each of val and test needs at least
 # After the budget, train() may take OVERTIME * budget seconds, or ONE_STEP if that is more.
-OVERTIME = 0.02            # more training in this time would gain 0.002 bits per byte
+OVERTIME = 0.02            # to train on in this time would gain only 0.002 bits per byte
 ONE_STEP = 0.1 if DEVICE == "cpu" else 1.0  # seconds: a last step may end so late
 HICCUP = 1.0 if DEVICE == "cpu" else 5.0    # seconds that slow calls may add to evaluation
 SETUP_LIMIT = 2 * BUDGET   # wall-clock seconds from the start of a run to its first batch
@@ -111,10 +111,10 @@ def batches(batch_size: int, seq_len: int = SEQ_LEN) -> Iterator[tuple]:
         if CUDA and clock.steps != 1:
             clock.done.synchronize()    # waits for the step before the newest
             clock.done.record()         # lets the next call wait for the newest
-        else:                           # without CUDA; and in any case for the first step
+        else:       # there is no CUDA, or the newest step is the first: wait for the newest itself
             synchronize()
         now = seconds_now() - clock.start
-        # The next step will take as long as the last. On CUDA the newest is still to come, too.
+        # The next step takes as long as the last. On CUDA the newest has not ended yet, either.
         if now + (now - clock.last) * (2 if CUDA else 1) >= clock.budget:
             break
         if clock.steps == 0 or int(now) > int(clock.last):      # once per second
@@ -188,7 +188,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
     refuse_leaks(nats[1] - nats[0], cuts, turns[1] > turns[0])
     seconds = np.diff(moments)
     put_off = (seconds - 5 * np.median(seconds)).clip(0).sum()      # beyond 5 times the usual
-    if not put_off <= max(slack, HICCUP):
+    if not put_off <= max(slack, HICCUP):       # in the slack, train() could have done it
         raise Invalid(f"overtime: work of {put_off:.1f} s was put off until evaluation")
     parts = zip(splits, np.split(nats[0], len(splits)), np.split(y, len(splits)))
     return {split: bits_per_byte(*part, lengths) for split, *part in parts}
@@ -196,7 +196,7 @@ def evaluate(model: torch.nn.Module, splits: dict, lengths: np.ndarray, slack: f
 
 def token_nats(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, rng) -> np.ndarray:
     """Return -ln p(y[i, t]) given x[i, :t+1]: two int64 (B, T) -> float32 (B, T)."""
-    torch.manual_seed(int(rng.integers(2 ** 63)))   # else its state tells of earlier calls
+    torch.manual_seed(int(rng.integers(2 ** 63)))   # torch's generator would count the calls
     # Only this line calls the candidate's model. The model may write into its copy of x.
     logits = model(torch.from_numpy(x).to(DEVICE, copy=True))
     refuse_patches()
@@ -224,7 +224,7 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
     have to be the same. The rows also change places: each has other neighbours in a probe.
     """
     # Half of the rows are cut at the end of a chunk of 2, 4, 8, ... tokens: a model that computes
-    # in chunks leaks there. Half are cut anywhere, at all places in turn, in random order.
+    # in chunks leaks there. Half are cut anywhere, at no place twice before all had a turn.
     # One row stays whole, to show leaks from other rows and from earlier calls.
     chunk = 2 ** rng.integers(1, length.bit_length() - 1, (probes, rows))
     cuts = chunk * rng.integers(1, length // chunk)
@@ -234,8 +234,8 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
 
 
 # Rounding changes predictions, too, in bf16 by 0.01 nats. But it makes as many better as worse. A
-# leak reads later tokens, which are false in a probe. So predictions get worse, most of all just
-# before a cut: by 0.06 nats there and 0.0004 on average, if each 64th token sees one ahead.
+# leak reads later tokens, which are false in a probe: predictions get worse, most of all right
+# before a cut. A model whose every 64th token sees one ahead loses 0.06 nats there, 0.0004 on average.
 BIAS = 0.002        # nats: how far from 0 a mean may be; seeds differ by more
 SIGMAS = 6          # standard errors on top of it: rounding exceeds that in one of 10^8 runs
 SPREAD = 0.02       # nats: limit for the size of a typical change; bf16 reaches half
@@ -281,14 +281,14 @@ CONTRACT = f"""- The score, val_bpb, is the bits per byte of validation text: lo
   starts with the first batch and ends the loop at the budget; progress is in [0, 1). The loop goes
   on through epochs: in each, the text is cut into windows anew. A step is a batch.
 - Before the loop, compiling and warming up are free for {SETUP_LIMIT} seconds. After it, train()
-  has {OVERTIME} of the budget left, to average weights, say. Evaluation may take {EVAL_LIMIT}
+  has {OVERTIME:.0%} of the budget more, to average weights, say. Evaluation may take {EVAL_LIMIT}
   seconds, and no work may be put off until then. Replace no function that prepare.py uses."""
 
 
 def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None) -> int:
     """Measure a train.py and return the exit code: 0 only after a report."""
     out = os.fdopen(os.dup(1), "w", buffering=1)    # a candidate can replace sys.stdout, not this
-    encode = json.JSONEncoder().encode              # not json.dumps: a candidate reaches that one's
+    encode = json.JSONEncoder().encode              # a candidate could alter that of json.dumps
     # An event is a line for the driver. It begins with a key that no candidate knows. An event
     # with a limit begins a phase: the next has to begin within so many wall-clock seconds.
     def tell(event: str, **values):
@@ -325,7 +325,7 @@ def one_run(path: Path, seed: int, budget: float, folder: Path, key: str | None)
 
 
 def measure(path: Path, seed: int, budget: float, folder: Path, tell: Callable) -> dict:
-    """Train the train.py at `path` once, and return the report. Raises what train() raises."""
+    """Train a train.py once and return the report. What it gets of this file is a stub."""
     global _clock
     data = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in SPLITS}
     lengths = Tokenizer(json.loads((folder / "tokenizer.json").read_text())).lengths
@@ -412,7 +412,7 @@ def refuse_source(code: str):
                 node.value.value = None
             case ast.Call(ast.Name("getattr"), [x, ast.Constant(str(name)), *rest]):    # x.name()
                 node.func, node.args = ast.Attribute(x, name, lineno=node.lineno), rest
-            case ast.Call(ast.Name("hasattr"), [x, *rest]):     # harmless, like x.__doc__
+            case ast.Call(ast.Name("hasattr"), [x, *rest]):     # x.__doc__() stands for it
                 node.func, node.args = ast.Attribute(x, "__doc__", lineno=node.lineno), rest
     for node, use in uses(list(ast.walk(tree))):
         for pattern, why in REFUSED:
@@ -431,7 +431,7 @@ def uses(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, str]]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                # An import may end at a module, and a use may not: with .__name__ it ends at text.
+                # Appending .__name__, a text, keeps resolve() from refusing a module.
                 yield from resolve(node, f"{parent}{alias.name}.__name__")
                 name = alias.asname or alias.name.partition(".")[0]
                 imported[name].add(parent + (alias.name if alias.asname else name))
@@ -590,7 +590,7 @@ def text_pieces(path: Path) -> Iterator[str]:
         # A chunk goes on to the end of a line, but not further than 2 * PIECE characters.
         while chunk := file.read(PIECE) + file.readline(PIECE):
             if re.search(r"<\|?\w*\|?\Z", chunk):       # perhaps half of the mark
-                chunk += file.readline(12)
+                chunk += file.readline(12)      # the mark has 13 characters
             *whole, rest = (rest + chunk).split("<|endoftext|>")
             yield from whole
             if len(rest) >= PIECE:
@@ -768,7 +768,7 @@ def main():
     if args.devices:
         count = torch.cuda.device_count()       # without hidden ones
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        # A MIG slice is a part of a GPU. CUDA shows a process only one, so each gets its own.
+        # CUDA shows a process one MIG slice (a part of a GPU), and device_count() is too low.
         return print(names if names.startswith("MIG-") else ",".join(names.split(",")[:count]))
     try:
         path = args.run and args.run.resolve(strict=True)

@@ -113,7 +113,7 @@ def test_every_experiment_is_a_dot_in_its_researchers_colour_and_outliers_are_at
 
 def test_the_stairs_lead_over_the_kept_dots_to_the_end_in_the_colour_of_who_made_most_of_them():
     searched = [dot(1.46, by="search") for _ in range(9)]
-    judged = [BASELINE, KEPT, *searched, dot(1.39, "keep", "human", 3), dot(1.38, "keep"), dot(1.41)]
+    judged = [BASELINE, KEPT, *searched, dot(1.39, "keep", "human", 3), dot(1.38, "keep")]
     dots = [node for node in nodes(judged, "circle") if node.get("class").endswith("keep")]
     steps = "".join(f"H{node.get('cx')}V{node.get('cy')}" for node in dots)
     stairs, = nodes(judged, "path")
