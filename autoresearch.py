@@ -81,19 +81,19 @@ class Experiment:
     fingerprint: str = ""       # a hash of its program, which comments do not change
     code_lines: int = 0         # its lines without comments, in a layout that is always the same
     base: int = 0               # the number of the incumbent that it changes
-    runs: list[dict] = field(default_factory=list)  # prepare.py's report of each run with a score
+    runs: list[dict] = field(default_factory=list)  # reports of runs with a score; "did": in words
     status: str = ""            # "keep", "discard" or "crash"; "" until it is judged
     reason: str = ""            # why it has this status
     place: int = 0              # its place among the verdicts, from 1; 0: it has no verdict yet
     counted: int = 0            # the verdict rests on this many runs; the incumbent may get more
     commit: str = ""            # git's name of a kept change
     finished: str = ""          # when it was judged
-    fresh: dict[str, list[dict]] = field(default_factory=dict)  # --confirm's: "#7 at 60 s" -> runs
+    fresh: dict[str, list[dict]] = field(default_factory=dict)  # --confirm: runs by "#7 at 60 s"
     turns: list[str] = field(default_factory=list)  # the LLM's reply, our complaint, a reply, ...
     tries: int = 0              # runs that began; this numbers the logs and the seeds
     ended: int = 0              # runs that ended; in the others, tries - ended, the driver died
     model: str = ""             # the LLM that was asked
-    calls: int = 0              # its answers, also those that were of no use
+    calls: int = 0              # requests that it answered, also to no use
     input_tokens: int = 0
     output_tokens: int = 0
 
@@ -103,7 +103,7 @@ class Experiment:
 
     @property
     def scores(self) -> list[float]:
-        """Return the scores of the newest runs: the machine may have changed since older ones."""
+        """Return the newest scores, enough to judge: the machine may have changed since then."""
         return [run["val_bpb"] for run in self.runs[-max(RUNS, BASELINE_RUNS):]]
 
     def save(self):
@@ -177,7 +177,7 @@ class Lab:
     def __init__(self, args: argparse.Namespace):
         asks_llm = args.researcher == "llm" and not args.confirm and args.experiments != 0
         self.args = args
-        self.llm = LLM(args.base_url, args.model) if asks_llm else None     # None after --tokens
+        self.llm = LLM(args.base_url, args.model) if asks_llm else None     # or --tokens are used
         self.experiments = {exp.number: exp for exp in saved_experiments()}
         self.judged = sorted((exp for exp in self.experiments.values() if exp.status),
                              key=lambda exp: exp.place)     # in the order of their verdicts
@@ -255,7 +255,7 @@ class Lab:
         await asyncio.sleep(self.pause * random.uniform(1, 1.5))    # not all workers at once
         if not (llm := self.llm):
             raise Finished      # --tokens are used
-        prompt, shown = make_prompt(self, exp), self.incumbent.number
+        prompt, base = make_prompt(self, exp), self.incumbent.number
         write_whole(exp.folder / f"prompt-{exp.calls}.md", "".join(prompt))
         try:
             answer = await in_thread(llm.ask, prompt, exp.turns)
@@ -265,7 +265,7 @@ class Lab:
         write_whole(exp.folder / f"reply-{exp.calls}.md", answer.text)
         write_whole(exp.folder / f"response-{exp.calls}.json", answer.raw)
         exp.turns.append(answer.text.strip() or "(nothing)")
-        exp.base, exp.model, exp.calls = shown, llm.model, exp.calls + 1
+        exp.base, exp.model, exp.calls = base, llm.model, exp.calls + 1
         exp.input_tokens += answer.input_tokens
         exp.output_tokens += answer.output_tokens
         exp.save()
@@ -278,7 +278,7 @@ class Lab:
             say(f"LLM: {self.tokens} tokens are used (--tokens); the search goes on alone")
             self.llm = None
         if not answer.complete:
-            raise Unusable(f"the reply is not complete ({answer.finish_reason}): be brief")
+            raise Unusable(f"the reply is empty or not complete ({answer.finish_reason})")
 
     def note_absence(self, exp: Experiment, reason: str, too_long: bool):
         """Wait longer before the next request, and tell less in it if the prompt was too long."""
@@ -304,8 +304,8 @@ class Lab:
             show(" | ".join(self.live.values()) or ("waiting for the LLM" if self.llm else ""))
 
     def may_start(self, exp: Experiment) -> bool:
-        if not self.free or exp.by != "search" or not self.llm:
-            return bool(self.free)      # only the search, beside an LLM, waits longer
+        if exp.by != "search" or not self.llm or not self.free:
+            return bool(self.free)      # all but a search beside an LLM take any free one at once
         # The search only fills in, for whatever reason the LLM leaves an accelerator idle.
         idle = time.monotonic() - min(self.free.values())
         return idle >= IDLE_SHARE * self.conditions.get("budget", 60)
@@ -447,7 +447,7 @@ class Lab:
                                        self.conditions.get("budget", 0)))
 
     def send_back(self, exp: Experiment, problem: Unusable):
-        """Return exp to its LLM with what is wrong, RETURNS times at most; else it is a crash."""
+        """Send exp back to its LLM with what is wrong; without one, or after RETURNS: a crash."""
         reason = problem.reason
         is_asked = exp.by == "llm" and self.args.researcher == "llm"
         if not is_asked or len(exp.turns) // 2 >= RETURNS:
@@ -492,7 +492,7 @@ class Lab:
 
     async def get_ready(self):
         """Find the data, the accelerators and the LLM, and say what is used."""
-        self.data_folder = Path(self.conditions.get("folder", "no folder yet"))
+        self.data_folder = Path(self.conditions.get("folder", "none"))    # does not exist
         if self.args.data or not (self.data_folder / "meta.json").exists():
             self.data_folder = Path(await ask_prepare("--data", self.args.data or ""))
         self.variables = await environments(self.args)
@@ -542,7 +542,7 @@ class Lab:
                   "baseline_runs": before, "incumbent_runs": after}
         for metric, prefix in ("val_bpb", ""), ("test_bpb", "test_"):
             a, b = ([run[metric] for run in runs] for runs in (before, after))
-            noise = pooled_noise([a, b]) or noise_of(self.judged)   # one run each shows no noise
+            noise = pooled_noise([a, b]) or noise_of(self.judged)   # n = 1 shows no noise
             gain, error = score(a) - score(b), standard_error(len(a), len(b), noise)
             result |= {f"{prefix}gain": gain, f"{prefix}error": error}
             say(f"{metric}: gain {gain:.4f} ± {error:.4f} (standard error) at {budget:g} s")
@@ -562,7 +562,7 @@ class Lab:
 async def in_thread(call: Callable, *args: object) -> object:
     """Await a call that blocks. asyncio.to_thread() would wait for its thread at the exit."""
     future = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()       # now no cancelled wait can make set_result() fail
+    future.set_running_or_notify_cancel()       # a cancelled wait must not make set_result() fail
 
     def work():
         try:
@@ -609,7 +609,7 @@ def standard_error(k: int, n: int, noise: float) -> float:
     return noise * math.sqrt(1 / k + 1 / n)
 
 
-@functools.cache        # so that an edit of this file ends no night
+@functools.cache        # getsource() reads the file, which may be edited during the night
 def judge_version() -> str:
     """Return a hash of what decides a verdict: another judge needs a new ledger."""
     parts = Experiment.scores.fget, score, judge, standard_error, noise_of, pooled_noise
@@ -632,7 +632,7 @@ def pooled_noise(groups: list[list[float]]) -> float:
 
 
 # ---- 4  The prompt ------------------------------------------------------------------------------
-# Another judge needs another first rule. make_prompt() appends those of prepare.py.
+# Who changes judge() has to change the first rule. make_prompt() appends prepare.py's rules.
 RULES = f"""You do machine-learning research: each experiment is a new train.py, trained for a
 fixed time. Reply in exactly this form, nothing else:
 
@@ -659,7 +659,7 @@ NOT_FOR_PROMPTS = "contract event folder judge limit name prepare sha256 threads
 def make_prompt(lab: Lab, exp: Experiment) -> list[str]:
     """Return the prompt in parts, what changes least first: providers cache its beginning."""
     with contextlib.suppress(OSError):      # there is no file while an editor replaces it
-        data = PROGRAM.read_bytes()         # in UTF-8 or, from an editor on Windows, UTF-16
+        data = PROGRAM.read_bytes()         # in UTF-8 or UTF-16: its bytes tell
         lab.program = data.decode(json.detect_encoding(data), "replace") or lab.program
     if not lab.program:
         raise Stop(f"{PROGRAM} cannot be read: write one, or git checkout {PROGRAM}")
@@ -727,7 +727,7 @@ async def run_command(command: list[str], log: Path, variables: dict[str, str],
             if words.strip():
                 file.write(words + b"\n")
                 printed.append(one_line(str(words, "utf-8", "replace"), 200))
-            with contextlib.suppress(ValueError):   # no event, or a launcher damaged it
+            with contextlib.suppress(ValueError):   # it has no event, or a damaged one
                 event = json.loads(payload)
                 if "limit" in event:
                     phase, patience = f"in {event['event']}", event["limit"]
@@ -753,7 +753,7 @@ async def lines_of(process: subprocess.Popen) -> AsyncIterator[bytes]:
         chunk = process.stdout.read(1 << 16) or b""
         *lines, rest = re.split(b"[\r\n]", rest + chunk)
         if len(rest) > 1 << 16:     # the end of such a line may never come
-            lines, rest = [rest], b""
+            lines, rest = [*lines, rest], b""
         for line in lines or [b""]:
             yield line
         await asyncio.sleep(0 if chunk else 0.05)
@@ -767,14 +767,14 @@ def process_group(command: list[str], **variables: str) -> Iterator[subprocess.P
     Its environment is ours without anything that looks like a secret, and with the variables.
     """
     secret = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT|_PAT$|API_BASE|BASE_URL", re.I)
-    kept = {name: value for name, value in os.environ.items() if not secret.search(name)}
+    ours = {name: value for name, value in os.environ.items() if not secret.search(name)}
     unbuffered = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-    with subprocess.Popen(command, env=kept | unbuffered | variables, start_new_session=True,
+    with subprocess.Popen(command, env=ours | unbuffered | variables, start_new_session=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, bufsize=0) as process:
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(b"\n")     # says that a driver is here: prepare.py ends with it
+                process.stdin.write(b"\n")     # a driver is here; prepare.py ends with the pipe
             yield process
         finally:
             for number in signal.SIGTERM, signal.SIGKILL:
@@ -803,7 +803,7 @@ class LLM:
             raise Stop(f"{url} has to begin with http:// or https://")
         self.url = url.removesuffix(form.path).removesuffix(form.version) + form.version
         self.model = model or (form.model if self.url == form.home else "")
-        # The last variable that is set: ANTHROPIC_AUTH_TOKEN goes before ANTHROPIC_API_KEY.
+        # The last of those that are set wins: ANTHROPIC_AUTH_TOKEN over ANTHROPIC_API_KEY.
         self.key_from = next(filter(os.environ.get, reversed(form.keys)), "no key")
         self.key = os.environ.get(self.key_from, "").strip("\"' \r\n") or "no-key"
         name, prefix = form.keys.get(self.key_from, ("Authorization", "Bearer "))
@@ -814,7 +814,7 @@ class LLM:
         try:
             names = self.http("/models", None, lambda data: [
                 one.get("id") or one["name"] for one in data.get("data") or data["models"]])
-        except Away as absence:     # not every server has /models
+        except Away as absence:     # not every server has /models; then --model is needed
             if not self.model or re.match("HTTP 40[13]", absence.args[0]):
                 raise Stop(f"{absence.args[0]}: see to the key, --model, --base-url") from None
         if not self.model and len(names) != 1:
@@ -835,14 +835,14 @@ class LLM:
         content, reason, usage = self.format.read(data)
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(part.get("text") or "" for part in parts)    # a thought has none
-        text = text.encode("utf-8", "replace").decode()     # no half character
+        text = text.encode("utf-8", "replace").decode()     # a lone surrogate becomes "?"
         reason = str(reason or "stop").lower()
         ended = reason in ("stop", "end_turn", "stop_sequence", "eos", "eos_token")
         got, *sent = [int((usage or {}).get(name) or 0) for name in self.format.counts]
         return Answer(text, ended and bool(text.strip()), reason, sum(sent), got, data)
 
-    def http(self, path: str, body: dict | None, read: Callable) -> object:
-        """Return what read() makes of the answer. Without a body, it is a GET."""
+    def http(self, path: str, body: dict | None, parse: Callable) -> object:
+        """Return what parse() makes of the answer. Without a body, it is a GET."""
         try:
             response = requests.request(
                 "POST" if body else "GET", self.url + path, json=body,
@@ -852,8 +852,8 @@ class LLM:
         except Exception as problem:
             raise Away(one_line(f"no answer from {self.url}: {problem}"), False) from None
         code, text = response.status_code, response.content.decode("utf-8-sig", "replace")
-        with contextlib.suppress(Exception):    # the server may have sent anything
-            return read(json.loads(text))
+        with contextlib.suppress(Exception):    # an error has not what parse() needs
+            return parse(json.loads(text))
         problem = f"HTTP {code} from {self.url}{path}: {text}".replace(self.key, "KEY")
         long = code in (400, 422, 500) and re.search(r"(?i)context.(length|size)|\btokens", text)
         raise Away(one_line(problem), code == 413 or bool(long))
@@ -864,7 +864,7 @@ class OpenAI:
 
     home, version, path = "https://api.openai.com/v1", "", "/chat/completions"
     model = "gpt-5.5"           # as of 2026-11-25
-    own = r"^(gpt-\d|o\d)"      # models and URLs of this format alone
+    own = r"^(gpt-\d|o\d)"      # names of models, or URLs, that only this format has
     urls = "OPENAI_BASE_URL", "OPENAI_API_BASE"
     keys = {"OPENAI_API_KEY": ("Authorization", "Bearer ")}     # variable: header, prefix
     headers = {}
@@ -930,8 +930,8 @@ DESCRIPTION = re.compile(r"(?im)^[^a-z\n]*description[\s:*_`-]*(.+)")   # "**Des
 CHOICE = re.compile(r"(?im)^[^a-z\n]*(description|or|option|alternative\w*)\b")     # "## Option B"
 COMMENT = re.compile(r"(?m)(?<=\S)[ \t]+(#.*)?$")   # "    # layers"
 # "# ... the rest of the file", "pass  # as before", but not "x[0, ...]"
-LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b(as (above|before|is|it was)|existing|no changes?|"
-                      r"omitted|remain\w*|rest of|same as|unchanged|untouched)\b")
+LEFT_OUT = re.compile(r"(?i)(?<!, )\.\.\.|…|\b((existing|remaining) code|as (above|before|is)|"
+                      r"no changes?|omitted|rest of|same as|unchanged|untouched)\b")
 
 
 def apply_reply(reply: str, source: str) -> tuple[str, str]:
@@ -942,9 +942,9 @@ def apply_reply(reply: str, source: str) -> tuple[str, str]:
 
 def read_reply(reply: str, source: str) -> tuple[str, str, list[tuple[str, str]]]:
     """Return (description, why, [(SEARCH, REPLACE), ...]). A whole file replaces the source."""
-    # A reply begins after "</think>" or, from gpt-oss, after "final<|message|>".
+    # A reply begins after "</think>" or gpt-oss's "final<|message|>" or "assistantfinal".
     text = re.split(rf"(?i)[<\[◁]/{TAG}|final<\|message\|>|assistantfinal", reply)[-1]
-    text = re.split(rf"(?i)[<\[◁]{TAG}", text)[0]       # thoughts without an end
+    text = re.split(rf"(?im)^[<\[◁]{TAG}", text)[0]       # thoughts without an end
     text = "\n".join(line.rstrip() for line in text.replace("\xa0", " ").split("\n"))
     text = re.sub(r"(?m)^[ \t]+", lambda blanks: blanks[0].expandtabs(4), text)
     parts = MARK.split(text)    # prose, "<", SEARCH, "=", REPLACE, ">", prose, "<", ...
@@ -987,8 +987,8 @@ def replaced(source: str, block: tuple[str, str]) -> str:
         search, replace = COMMENT.sub("", "\n".join(both[:n])), "\n".join(both[n:])
         places = [COMMENT.sub("", textwrap.dedent(place)) for place in places]
     if (fits := places.count(search)) != 1 or not search:
-        raise Unusable(f"SEARCH fits at {fits} places, among the other blocks:\n{block[0]}")
-    at = places.index(search)       # where the code may be deeper than in SEARCH
+        raise Unusable(f"SEARCH fits at {fits} places, beside the other blocks:\n{block[0]}")
+    at = places.index(search)       # where the code may be deeper; then REPLACE moves with it
     margin = re.match(r"\s*", lines[at])[0].removesuffix(re.match(r"\s*", search)[0])
     lines[at:at + n] = [textwrap.indent(replace, margin)]
     return "\n".join(lines)
@@ -1124,7 +1124,7 @@ def git_commit(description: str, reason: str) -> str:
         message = shlex.quote(f"{description}\n\n{reason}")
         said = git(f"commit --no-gpg-sign -m {message} -- {TRAIN}")
         if git(f"rev-parse HEAD:./{TRAIN}") == git(f"hash-object {TRAIN}"):
-            return git(f"log -1 --format=%h --abbrev=7 -- {TRAIN}")  # it may be from before a kill
+            return git(f"log -1 --format=%h --abbrev=7 -- {TRAIN}")  # perhaps from before a kill
         say(f"{TRAIN} was not committed, and the night goes on: {one_line(said)}")
     return ""
 
@@ -1281,7 +1281,7 @@ async def environments(args: argparse.Namespace) -> list[dict[str, str]]:
     """Return the variables for the runs on each accelerator: its GPU, its share of the cores."""
     if args.workers == 1 or args.launch:
         return [{}] * args.workers
-    gpus = (await ask_prepare("--devices", answer=r"[\w/-]+(, ?[\w/-]+)*")).split(",")
+    gpus = re.split(", ?", await ask_prepare("--devices", answer=r"[\w/-]+(, ?[\w/-]+)*"))
     cores = str(os.cpu_count() // args.workers or 1)
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], "OMP_NUM_THREADS": cores,
              "TORCHINDUCTOR_COMPILE_THREADS": cores} for i in range(args.workers)]

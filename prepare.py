@@ -235,7 +235,7 @@ def choose_cuts(probes: int, rows: int, length: int, rng: np.random.Generator) -
 
 # Rounding changes predictions, too, in bf16 by 0.01 nats. But it makes as many better as worse. A
 # leak reads later tokens, which are false in a probe: predictions get worse, most of all right
-# before a cut. A model whose every 64th token sees one ahead loses 0.06 nats there, 0.0004 on average.
+# before a cut: where every 64th token sees one ahead, by 0.06 nats, and by 0.0004 on average.
 BIAS = 0.002        # nats: how far from 0 a mean may be; seeds differ by more
 SIGMAS = 6          # standard errors on top of it: rounding exceeds that in one of 10^8 runs
 SPREAD = 0.02       # nats: limit for the size of a typical change; bf16 reaches half

@@ -130,10 +130,15 @@ OLD = "        x = x + self.up(x)      # up\n        return x"
 
 @pytest.mark.parametrize("comment", [
     "# all tables get the same learning rate", "# the rest is noise", "# the bias is 0, 1, 2, ...",
-    "# see above: the other half"])
+    "# see above: the other half", "# the remaining heads share one existing projection"])
 def test_a_comment_that_describes_code_is_no_gap(comment):
     new = f"        {comment}\n        x = x + self.up(x)      # up\n        return x * 2"
     assert ar.apply_reply(edit(OLD, new), SOURCE)[1] == SOURCE.replace(OLD, new)
+
+
+def test_an_index_is_no_beginning_of_a_thought():
+    new = "        x = x + self.up(x[reason])\n        return x"
+    assert "self.up(x[reason])" in ar.apply_reply(edit(OLD, new), SOURCE)[1]
 
 
 @pytest.mark.parametrize("line", [
