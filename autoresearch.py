@@ -81,7 +81,7 @@ class Experiment:
     fingerprint: str = ""       # a hash of its program, which comments do not change
     code_lines: int = 0         # its lines without comments, in a layout that is always the same
     base: int = 0               # the number of the incumbent that it changes
-    runs: list[dict] = field(default_factory=list)  # reports of runs with a score; "did": in words
+    runs: list[dict] = field(default_factory=list)  # reports of runs with a score; "did" is prose
     status: str = ""            # "keep", "discard" or "crash"; "" until it is judged
     reason: str = ""            # why it has this status
     place: int = 0              # its place among the verdicts, from 1; 0: it has no verdict yet
@@ -103,7 +103,7 @@ class Experiment:
 
     @property
     def scores(self) -> list[float]:
-        """Return the newest scores, enough to judge: the machine may have changed since then."""
+        """Return the newest scores only: the machine may have changed since the older ones."""
         return [run["val_bpb"] for run in self.runs[-max(RUNS, BASELINE_RUNS):]]
 
     def save(self):
@@ -177,7 +177,7 @@ class Lab:
     def __init__(self, args: argparse.Namespace):
         asks_llm = args.researcher == "llm" and not args.confirm and args.experiments != 0
         self.args = args
-        self.llm = LLM(args.base_url, args.model) if asks_llm else None     # or --tokens are used
+        self.llm = LLM(args.base_url, args.model) if asks_llm else None     # None: search alone
         self.experiments = {exp.number: exp for exp in saved_experiments()}
         self.judged = sorted((exp for exp in self.experiments.values() if exp.status),
                              key=lambda exp: exp.place)     # in the order of their verdicts
@@ -232,7 +232,7 @@ class Lab:
         source = read(TRAIN) if TRAIN.exists() else ""
         if source == best.source or not source.strip():     # empty while an editor writes it
             return
-        with contextlib.suppress(Unusable):     # a file that does not parse goes on below
+        with contextlib.suppress(Unusable):     # one that does not parse will be a crash
             fingerprint, code_lines = program_of(source)
             if fingerprint == best.fingerprint:
                 best.source, best.code_lines = source, code_lines
@@ -305,7 +305,7 @@ class Lab:
 
     def may_start(self, exp: Experiment) -> bool:
         if exp.by != "search" or not self.llm or not self.free:
-            return bool(self.free)      # all but a search beside an LLM take any free one at once
+            return bool(self.free)      # only a search that has an LLM beside it has to wait
         # The search only fills in, for whatever reason the LLM leaves an accelerator idle.
         idle = time.monotonic() - min(self.free.values())
         return idle >= IDLE_SHARE * self.conditions.get("budget", 60)
@@ -492,7 +492,7 @@ class Lab:
 
     async def get_ready(self):
         """Find the data, the accelerators and the LLM, and say what is used."""
-        self.data_folder = Path(self.conditions.get("folder", "none"))    # does not exist
+        self.data_folder = Path(self.conditions.get("folder", "none"))    # no folder is named none
         if self.args.data or not (self.data_folder / "meta.json").exists():
             self.data_folder = Path(await ask_prepare("--data", self.args.data or ""))
         self.variables = await environments(self.args)
@@ -562,7 +562,7 @@ class Lab:
 async def in_thread(call: Callable, *args: object) -> object:
     """Await a call that blocks. asyncio.to_thread() would wait for its thread at the exit."""
     future = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()       # a cancelled wait must not make set_result() fail
+    future.set_running_or_notify_cancel()       # from here on, cancel() does nothing to it
 
     def work():
         try:
@@ -647,8 +647,8 @@ lines to stand in their place
 
 Give as many such blocks as needed. Each SEARCH must match the incumbent exactly once: copy enough
 whole lines to be unique. A rewrite is the whole new file in one ```python fence. Another change
-may be kept first; then a rewrite is asked for again, and edits still have to fit: leave out
-`NAME = number` lines that stay as they are, and define new names beside their use. The rules:
+may be kept first; then a rewrite is asked for again, and edits still have to fit: have in a SEARCH
+only those `NAME = number` lines that you change, and define new names beside their use. The rules:
 - A change is kept if val_bpb is lower after each of {RUNS} runs. If the code is longer, comments
   aside, it has to win by {WIN:g} * noise * sqrt(1/k + 1/n) each time: k runs against n of the old.
 - A gain has to travel: the person also measures it at half and at twice the budget.
@@ -774,7 +774,7 @@ def process_group(command: list[str], **variables: str) -> Iterator[subprocess.P
                           stderr=subprocess.STDOUT, bufsize=0) as process:
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(b"\n")     # a driver is here; prepare.py ends with the pipe
+                process.stdin.write(b"\n")     # "a driver is here": a run ends when this pipe does
             yield process
         finally:
             for number in signal.SIGTERM, signal.SIGKILL:
@@ -846,7 +846,7 @@ class LLM:
         try:
             response = requests.request(
                 "POST" if body else "GET", self.url + path, json=body,
-                headers=self.headers, auth=lambda request: request,     # and not that of ~/.netrc
+                headers=self.headers, auth=lambda request: request,     # no password from ~/.netrc
                 allow_redirects=False,      # a redirect may take the key elsewhere
                 timeout=(10, 1800 if body else 30))     # a local model may need half an hour
         except Exception as problem:
@@ -987,7 +987,7 @@ def replaced(source: str, block: tuple[str, str]) -> str:
         search, replace = COMMENT.sub("", "\n".join(both[:n])), "\n".join(both[n:])
         places = [COMMENT.sub("", textwrap.dedent(place)) for place in places]
     if (fits := places.count(search)) != 1 or not search:
-        raise Unusable(f"SEARCH fits at {fits} places, beside the other blocks:\n{block[0]}")
+        raise Unusable(f"SEARCH fits at {fits} places once the other blocks are in:\n{block[0]}")
     at = places.index(search)       # where the code may be deeper; then REPLACE moves with it
     margin = re.match(r"\s*", lines[at])[0].removesuffix(re.match(r"\s*", search)[0])
     lines[at:at + n] = [textwrap.indent(replace, margin)]
@@ -1124,7 +1124,7 @@ def git_commit(description: str, reason: str) -> str:
         message = shlex.quote(f"{description}\n\n{reason}")
         said = git(f"commit --no-gpg-sign -m {message} -- {TRAIN}")
         if git(f"rev-parse HEAD:./{TRAIN}") == git(f"hash-object {TRAIN}"):
-            return git(f"log -1 --format=%h --abbrev=7 -- {TRAIN}")  # perhaps from before a kill
+            return git(f"log -1 --format=%h --abbrev=7 -- {TRAIN}")  # or made before a kill
         say(f"{TRAIN} was not committed, and the night goes on: {one_line(said)}")
     return ""
 
