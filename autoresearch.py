@@ -278,7 +278,7 @@ class Lab:
             say(f"LLM: {self.tokens} tokens are used (--tokens); the search goes on alone")
             self.llm = None
         if not answer.complete:
-            raise Unusable(f"the reply is not complete ({answer.finish_reason}), or it is empty")
+            raise Unusable(f"the reply is not complete ({answer.finish_reason}): be brief")
 
     def note_absence(self, exp: Experiment, reason: str, too_long: bool):
         """Wait longer before the next request, and tell less in it if the prompt was too long."""
