@@ -799,12 +799,12 @@ class LLM:
     def __init__(self, base_url: str | None, model: str | None):
         self.format = form = find_format(base_url, model)
         url = base_url or next(filter(None, map(os.environ.get, form.urls)), form.home)
-        if not re.match("https?://", url := url.strip("\"' \r\n/")):
+        url = re.sub("//[^/]*@", "//", url.strip("\"' \r\n/"))      # without a password
+        if not url.startswith(("http://", "https://")):
             raise Stop(f"{url} has to begin with http:// or https://")
         self.url = url.removesuffix(form.path).removesuffix(form.version) + form.version
         self.model = model or (form.model if self.url == form.home else "")
-        # The last of those that are set wins: ANTHROPIC_AUTH_TOKEN over ANTHROPIC_API_KEY.
-        self.key_from = next(filter(os.environ.get, reversed(form.keys)), "no key")
+        self.key_from = next(filter(os.environ.get, reversed(form.keys)), "no key")    # token first
         self.key = os.environ.get(self.key_from, "").strip("\"' \r\n") or "no-key"
         name, prefix = form.keys.get(self.key_from, ("Authorization", "Bearer "))
         self.headers = form.headers | {name: prefix + self.key}

@@ -147,8 +147,9 @@ def test_a_url_without_its_beginning_is_refused_at_once():
     ("http://x/v1/chat/completions/", "http://x/v1"), ("'http://x/v1//'\r", "http://x/v1"),
     ("http://x/anthropic", "http://x/anthropic/v1"),
     ("http://x/anthropic/v1/messages", "http://x/anthropic/v1"),
+    ("http://me:secret@x/v1", "http://x/v1"), ("http://x/a@b", "http://x/a@b"),
     ("https://api.anthropic.com", "https://api.anthropic.com/v1")])
-def test_a_base_url_is_taken_in_its_usual_forms(base, url, monkeypatch):
+def test_a_base_url_is_taken_in_its_usual_forms_and_without_its_password(base, url, monkeypatch):
     set_only(monkeypatch)
     assert ar.LLM(base, "m").url == url
 
