@@ -727,16 +727,16 @@ async def run_command(command: list[str], log: Path, variables: dict[str, str],
             if words.strip():
                 file.write(words + b"\n")
                 printed.append(one_line(str(words, "utf-8", "replace"), 200))
-            with contextlib.suppress(ValueError):   # it has no event, or a damaged one
+            try:
                 event = json.loads(payload)
-                if "limit" in event:
-                    phase, patience = f"in {event['event']}", event["limit"]
-                on_event(event, printed[-1][:80])
-
+            except ValueError:      # it has no event, or a damaged one
+                continue
+            if "limit" in event:
+                phase, patience = f"in {event['event']}", event["limit"]
+            on_event(event, printed[-1][:80])
     code = process.returncode
     if event.get("event") == "report" and code == 0:    # it counts only after a normal end
-        numbers = [event.get(name) for name in NEEDED]
-        if all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        if all(isinstance(event.get(n), (int, float)) and math.isfinite(event[n]) for n in NEEDED):
             return event
         cause = f"no finite number for each of {NEEDED}"
     how = "signal 9 (out of memory?)" if code == -signal.SIGKILL else f"code {code}"
@@ -805,7 +805,7 @@ class LLM:
         self.url = url.removesuffix(form.path).removesuffix(form.version) + form.version
         self.model = model or (form.model if self.url == form.home else "")
         self.key_from = next(filter(os.environ.get, reversed(form.keys)), "no key")    # token first
-        self.key = os.environ.get(self.key_from, "").strip("\"' \r\n") or "no-key"
+        self.key = re.sub("[\"']|[^!-~]", "", os.environ.get(self.key_from, "")) or "no-key"
         name, prefix = form.keys.get(self.key_from, ("Authorization", "Bearer "))
         self.headers = form.headers | {name: prefix + self.key}
 
@@ -1192,7 +1192,7 @@ def progress_svg(judged: list, confirmed: dict, budget: float, *controls: list) 
     for i, line in enumerate(lines):
         svg.append(TEXT.format(-58, top + 30 + LINE * i, "", html.escape(line)))
     nights = [*controls, judged]
-    levels = [score(exp.scores) for night in nights for exp in kept(night)] or [1.0]
+    levels = [score(exp.scores) for night in nights for exp in kept(night)]
     high = max(levels)
     span = max(high - min(levels), 10 * noise_of(judged), 0.01)   # noise must not fill it
     for y in range(0, HEIGHT + 1, HEIGHT // 4):

@@ -177,7 +177,7 @@ SENT["a"] = {"x-api-key": "a"}
     (ANT, "http://x/v1", None, "OpenAI http://x/v1 no-key"),
     (OAI | ANT, "https://api.anthropic.com", "gpt-5.5", "Anthropic home a"),
     (OAI | ANT, "http://x/anthropic/", None, "Anthropic http://x/anthropic/v1 a"),
-    ({"OPENAI_API_KEY": "'o'\r"}, None, None, "OpenAI home o")])
+    ({"OPENAI_API_KEY": "'o\u200b\n'\r"}, None, None, "OpenAI home o")])
 def test_what_was_set_decides_who_is_asked(variables, base_url, model, expected, monkeypatch):
     set_only(monkeypatch, **variables)
     llm = ar.LLM(base_url, model)
